@@ -203,14 +203,16 @@ class Critic(nn.Module):
 LOG_STD_MIN, LOG_STD_MAX = -20, 2  # the bounds of Haarnoja et al.'s code
 
 
-def tanh_gaussian_log_prob(u: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
-    """log density of a = tanh(u), u ~ N(mean, std^2), summed over the last dimension.
+def tanh_gaussian(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reparameterised a = tanh(u), u = mean + std * noise, and its log density summed over the last dimension.
 
-    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)): exact for every u, where log(1 - tanh(u)^2 + 1e-6) loses its
-    gradient from |u| = 7 on.
+    (u - mean) / std is the noise itself. log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)) is exact for every u, where
+    log(1 - tanh(u)^2 + 1e-6) loses its gradient from |u| = 7 on.
     """
-    normal = -0.5 * ((u - mean) * torch.exp(-log_std)).square() - log_std - 0.5 * math.log(2 * math.pi)
-    return (normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+    noise = torch.randn_like(mean)
+    u = mean + log_std.exp() * noise
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return u.tanh(), (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
 
 
 # === end shared ===
@@ -229,9 +231,7 @@ class Actor(nn.Module):
 
     def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (B, O) -> reparameterised action (B, A) in [-1, 1], its log-probability (B,)."""
-        mean, log_std = self(obs)
-        u = mean + log_std.exp() * torch.randn_like(mean)
-        return u.tanh(), tanh_gaussian_log_prob(u, mean, log_std)
+        return tanh_gaussian(*self(obs))
 
     def mode(self, obs: torch.Tensor) -> torch.Tensor:
         """obs (B, O) -> deterministic action tanh(mean) (B, A)."""
@@ -318,6 +318,13 @@ def check(args: Args):
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}; --device cpu always works")
+
+
+def configure(args: Args):
+    """PyTorch's global settings, the same in training and in evaluation."""
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
 
 
 def check_memory(args: Args, env: gym.Env):
@@ -438,6 +445,7 @@ def evaluate_run(args: Args) -> dict:
     """Evaluates the run in folder `args.evaluate`, prints the result and writes it there as evaluation.json."""
     saved, model = load_run("--evaluate", args.evaluate, "model.pt", args.device)
     run = dataclasses.replace(saved, eval_episodes=args.eval_episodes, device=args.device)
+    configure(run)
     env = make_env(run.env_id, render_mode="rgb_array" if args.video else None)
     agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], run)
     agent.load_state_dict(model["agent"])
@@ -478,11 +486,7 @@ def main(args: Args) -> Path:
         if checkpoint["global_step"] >= saved.total_timesteps:
             fail(f"--resume {args.resume}: finished at {checkpoint['global_step']}; give a larger --total-timesteps")
         args, resumed_dir = saved, Path(args.resume)
-    torch.set_num_threads(args.num_threads)
-    torch.set_flush_denormal(
-        True
-    )  # Adam's moments of silent units sink below 1e-38, where CPUs are several times slower
-    torch.set_float32_matmul_precision(args.matmul_precision)
+    configure(args)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     check_memory(args, env)
     run_dir = resumed_dir if checkpoint else new_run_dir(args)
@@ -580,11 +584,11 @@ def main(args: Args) -> Path:
             speed = (global_step - start_step) / (time.time() - started)
             if global_step >= args.learning_starts and (global_step % 1000 == 0 or evaluate_now or save_now):
                 metrics = {"charts/SPS": speed}
-                for key, value in (
-                    losses | agent.actor.diagnostics(batch.obs)
-                ).items():  # one scalar, or one per expert
-                    values = value.tolist()
-                    metrics |= {f"{key}_{k}": v for k, v in enumerate(values)} if value.ndim else {key: values}
+                for key, value in (losses | agent.actor.diagnostics(batch.obs)).items():
+                    if value.ndim:  # one number per expert
+                        metrics |= {f"{key}_{k}": v for k, v in enumerate(value.tolist())}
+                    else:
+                        metrics[key] = value.item()
                 for key, value in metrics.items():
                     if not math.isfinite(value):
                         stop(f"{key} is {value}, the training has diverged", 1)
