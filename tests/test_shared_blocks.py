@@ -1,4 +1,6 @@
-"""Code between `# === shared: NAME ===` and `# === end shared ===` is the same to the letter in every script that has it.
+"""Shared blocks are the same to the letter in every script that has them; every flag is read and explained.
+
+A block stands between `# === shared: NAME ===` and `# === end shared ===`.
 
 `python tests/test_shared_blocks.py SCRIPT` copies the blocks of SCRIPT (default algos/sac.py) into all other scripts.
 """

@@ -1,0 +1,668 @@
+"""SAC-PMOE: soft actor-critic whose policy is a mixture of K Gaussians, trained by back-propagation-max.
+
+Paper   Ren, Li, Ding, Pan and Dong 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning",
+        arXiv 2104.09122. What it calls a primitive is an expert here.
+Policy  pi(a|s) = sum_k w_k(s) N_k(a|s), N_k: a = tanh(u), u ~ N(mu_k(s), sigma_k(s)^2), k ~ Categorical(w(s)).
+
+Run       python algos/sac_pmoe.py                                 # target-reaching
+          python algos/sac_pmoe.py --env-id HalfCheetah-v5 --num-experts 2 --total-timesteps 1000000
+Resume    python algos/sac_pmoe.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash: the same bits
+Evaluate  python algos/sac_pmoe.py --evaluate runs/NAME --video    # deterministic and stochastic return, a GIF
+
+What differs from sac.py:
+1. Actor: K means, K standard deviations and a gate w = softmax on one trunk. To act, draw k ~ w, then a ~ N_k.
+2. Critic's target: the action and the log-probability of the drawn expert k', not of the mixture.
+3. Actor's loss (back-propagation-max): each expert draws an action, the critic names the best, only that one learns.
+4. Gate's loss (frequency approximate gradient): w is pulled to the one-hot of the best expert, hence to the frequency
+   with which each expert is the best. It is detached from the trunk.
+Where this differs from the paper or the authors' code:
+WIP
+Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
+"""
+
+# === shared: imports ===
+import ast
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from copy import deepcopy
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# === end shared ===
+
+
+@dataclasses.dataclass
+class Args:
+    # === shared: run arguments ===
+    env_id: str = "moe_envs:TargetReaching-v0?layout=fixed"  # Gymnasium id; its keyword arguments go after a "?"
+    seed: int = 1  # seed of everything random
+    total_timesteps: int = 50_000  # environment steps
+    run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
+    resume: str | None = None  # folder of a run to continue from its last checkpoint
+    evaluate: str | None = None  # folder of a run to evaluate instead of training
+    video: bool = False  # with --evaluate: also write video.gif into the run folder
+    eval_every: int = 5_000  # steps between evaluations
+    eval_episodes: int = 10  # episodes per evaluation
+    checkpoint_every: int = 10_000  # steps between checkpoints
+    device: str = "cpu"  # cpu, cuda or cuda:N
+    num_threads: int = 1  # CPU threads of PyTorch
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
+    # === end shared ===
+    # === shared: sac arguments ===
+    learning_starts: int = 5_000  # uniformly random steps before the first update
+    buffer_size: int = 1_000_000  # transitions kept for replay
+    batch_size: int = 256  # transitions per update
+    gamma: float = 0.99  # discount
+    tau: float = 0.005  # share of the critic that its target takes over per update
+    policy_lr: float = 3e-4  # Adam's step size for the actor
+    q_lr: float = 3e-4  # Adam's step size for the critics and the temperature
+    # === end shared ===
+    num_experts: int = 4  # K; the paper's Fig. 1: HalfCheetah 2, Humanoid and HumanoidStandup 10
+    primitive_update: Literal["max", "all"] = "max"  # back-propagation-max, or -all: every expert learns
+    selection: Literal["draws", "fresh", "means"] = "draws"  # the best expert is chosen by: see update()
+
+
+# === shared: environment ===
+def fail(message: str):
+    """One line on stderr and exit code 2: the run cannot start."""
+    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """`id?key=value&key=value` -> environment with a flat Box observation and actions in [-1, 1]^A."""
+    name, _, query = env_id.partition("?")
+    try:
+        kwargs = dict(pair.split("=", 1) for pair in query.split("&") if pair)
+        for key, value in kwargs.items():
+            try:
+                kwargs[key] = ast.literal_eval(value)  # numbers, booleans, tuples
+            except (ValueError, SyntaxError):
+                pass  # a plain word stays a string
+        env = gym.make(name, render_mode=render_mode, **kwargs)
+    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
+        hint = " (in the repository: pip install -e .)" if isinstance(error, ImportError) else ""
+        fail(f"--env-id {env_id}: {str(error).strip().splitlines()[0]}{hint}")
+    for role, space in (("action", env.action_space), ("observation", env.observation_space)):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"--env-id {env_id}: needs a flat Box {role} space such as Pendulum-v1's, this one has {space}")
+    if not np.isfinite([env.action_space.low, env.action_space.high]).all():
+        fail(f"--env-id {env_id}: action bounds must be finite to be rescaled to [-1, 1], they are {env.action_space}")
+    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+
+
+def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
+    """Seed of one episode, below 2^32; training seeds lie in the lower half, evaluation seeds in the upper."""
+    return evaluation * 2**31 + (seed * 100_003 + episode) % 2**31
+
+
+# === end shared ===
+# === shared: replay ===
+class Batch(NamedTuple):
+    obs: torch.Tensor  # (B, O)
+    action: torch.Tensor  # (B, A)
+    reward: torch.Tensor  # (B,)
+    terminated: torch.Tensor  # (B,)
+    next_obs: torch.Tensor  # (B, O)
+
+
+class ReplayBuffer:
+    """Ring of rows on the training device: obs_i, action_i, reward_i, terminated_i; next_obs_i is obs_{i+1}.
+
+    So each observation is stored once. The last observation of an episode takes a row that starts no transition:
+    `starts`, a ring on the CPU, lists the rows that do, oldest first. One transition takes 4 (O + A + 2) + 8 bytes.
+    """
+
+    def __init__(self, rows: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.obs = torch.zeros(rows, obs_dim, device=device)
+        self.action = torch.zeros(rows, action_dim, device=device)
+        self.reward = torch.zeros(rows, device=device)
+        self.terminated = torch.zeros(rows, device=device)
+        self.starts = torch.zeros(rows, dtype=torch.int64)
+        self.row = self.first = self.count = self.filled = 0
+
+    def add(self, obs, action, reward, terminated, next_obs, done):
+        """Stores one transition of NumPy arrays and Python numbers, dropping the oldest where the ring is full."""
+        rows, row = len(self.obs), self.row
+        next_row = (row + 1) % rows
+        while self.count and int(self.starts[self.first]) in (row, next_row):  # its rows are about to be overwritten
+            self.first, self.count = (self.first + 1) % rows, self.count - 1
+        self.obs[row] = torch.from_numpy(obs)
+        self.action[row] = torch.from_numpy(action)
+        self.reward[row], self.terminated[row] = reward, terminated
+        self.obs[next_row] = torch.from_numpy(next_obs)
+        self.starts[(self.first + self.count) % rows] = row
+        self.count += 1
+        self.filled = min(max(self.filled, row + 2), rows)
+        self.row = (row + 1 + done) % rows
+
+    def sample(self, batch_size: int) -> Batch:
+        """Uniform over the stored transitions, with replacement."""
+        rows = self.starts[(self.first + torch.randint(self.count, (batch_size,))) % len(self.obs)].to(self.obs.device)
+        data = (x[rows] for x in (self.obs, self.action, self.reward, self.terminated))
+        return Batch(*data, self.obs[(rows + 1) % len(self.obs)])
+
+    def state_dict(self) -> dict:
+        tensors = {k: getattr(self, k)[: self.filled] for k in ("obs", "action", "reward", "terminated", "starts")}
+        return tensors | {k: getattr(self, k) for k in ("row", "first", "count", "filled")}
+
+    def load_state_dict(self, state: dict):
+        for key, value in state.items():
+            if torch.is_tensor(value):
+                getattr(self, key)[: len(value)] = value
+            else:
+                setattr(self, key, value)
+
+
+# === end shared ===
+# === shared: critic ===
+class Critic(nn.Module):
+    """Two Q-functions, MLP (O + A)-256-256-1 with ReLU, as one batched network: every weight has a leading 2.
+
+    The first layer is split into the state's and the action's share, so that the state's is computed once where one
+    state is asked about several actions. Initialised like nn.Linear, uniform within 1 / sqrt(fan-in).
+    """
+
+    def __init__(self, obs_dim: int, action_dim: int, hidden: int = 256):
+        super().__init__()
+
+        def uniform(fan_in, *shape):
+            return nn.Parameter(torch.empty(2, *shape).uniform_(-1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in)))
+
+        fan_in = obs_dim + action_dim
+        self.w_obs, self.w_action = uniform(fan_in, obs_dim, hidden), uniform(fan_in, action_dim, hidden)
+        self.b1, self.w2, self.b2 = (
+            uniform(fan_in, 1, hidden),
+            uniform(hidden, hidden, hidden),
+            uniform(hidden, 1, hidden),
+        )
+        self.w3, self.b3 = uniform(hidden, hidden, 1), uniform(hidden, 1, 1)
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """obs (B, O); action (B, A) or, for K actions per state, (B, K, A) -> Q (2, B) or (2, B, K)."""
+        x = torch.baddbmm(self.b1, obs.expand(2, -1, -1), self.w_obs)  # (2, B, H)
+        if action.ndim == 3:
+            x = x.repeat_interleave(action.shape[1], dim=1)  # (2, B K, H)
+        x = torch.baddbmm(x, action.flatten(0, -2).expand(2, -1, -1), self.w_action).relu_()
+        x = torch.baddbmm(self.b2, x, self.w2).relu_()
+        return torch.baddbmm(self.b3, x, self.w3).view(2, *action.shape[:-1])
+
+
+# === end shared ===
+# === shared: tanh gaussian ===
+LOG_STD_MIN, LOG_STD_MAX = -20, 2  # the bounds of Haarnoja et al.'s code
+
+
+def tanh_gaussian(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Reparameterised a = tanh(u), u = mean + std * noise, and its log density summed over the last dimension.
+
+    (u - mean) / std is the noise itself. log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)) is exact for every u, where
+    log(1 - tanh(u)^2 + 1e-6) loses its gradient from |u| = 7 on.
+    """
+    noise = torch.randn_like(mean)
+    u = mean + log_std.exp() * noise
+    log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    return u.tanh(), (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
+
+
+# === end shared ===
+class Actor(nn.Module):
+    """pi(a|s) = sum_k w_k(s) N_k(a|s): K squashed Gaussians and a gate on one trunk, MLP O-256-256 with ReLU."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args, hidden: int = 256):
+        super().__init__()
+        self.shape = args.num_experts, action_dim
+        self.trunk = nn.Sequential(nn.Linear(obs_dim, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU())
+        self.head = nn.Linear(hidden, 2 * args.num_experts * action_dim)
+        self.gate = nn.Linear(hidden, args.num_experts)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """obs (B, O) -> mean (B, K, A), log_std (B, K, A), w (B, K)."""
+        h = self.trunk(obs)  # (B, H)
+        mean, log_std = self.head(h).view(-1, 2, *self.shape).unbind(1)
+        w = self.gate(h.detach()).softmax(-1)  # the gate's loss does not shape the trunk
+        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX), w
+
+    def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """obs (B, O) -> action (B, A) of an expert k ~ w(s), its log-probability under that expert (B,)."""
+        mean, log_std, w = self(obs)
+        k = torch.multinomial(w, 1).squeeze(1)  # (B,)
+        return tanh_gaussian(pick(mean, k), pick(log_std, k))
+
+    def mode(self, obs: torch.Tensor) -> torch.Tensor:
+        """obs (B, O) -> deterministic action (B, A): the mean of the expert with the largest weight."""
+        mean, _, w = self(obs)
+        return pick(mean, w.argmax(1)).tanh()
+
+    @torch.no_grad()
+    def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Scalars to log and, per expert, the share of actions it takes; distances are between means, in [-1, 1]^A."""
+        mean, log_std, w = self(obs)
+        distance = torch.cdist(mean.tanh(), mean.tanh())  # (B, K, K), zero on the diagonal
+        return {
+            "policy/std": log_std.exp().mean(),
+            "moe/usage": w.mean(0),  # (K,)
+            "moe/gate_entropy": torch.special.entr(w).sum(1).mean(),
+            "moe/expert_distance": distance.mean() * (len(w[0]) / max(len(w[0]) - 1, 1)),
+        }
+
+
+def pick(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """x (B, K, A), k (B,) -> x[b, k_b] (B, A)."""
+    return x.gather(1, k.view(-1, 1, 1).expand(-1, 1, x.shape[2])).squeeze(1)
+
+
+# === shared: agent ===
+class Agent(nn.Module):
+    """Everything that learns: actor, twin critics, their target, temperature, and the Adam of each."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.actor = Actor(obs_dim, action_dim, args)
+        self.critic = Critic(obs_dim, action_dim)
+        self.critic_target = deepcopy(self.critic).requires_grad_(False)
+        self.log_alpha = nn.Parameter(torch.zeros(()))
+        self.target_entropy = -float(action_dim)
+        self.to(args.device)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.q_lr, fused=True)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.q_lr, fused=True)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
+
+
+def descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer):
+    """One step of `optimizer`; only its own parameters get a gradient, so a loss through the critic leaves it alone."""
+    optimizer.zero_grad()
+    loss.backward(inputs=optimizer.param_groups[0]["params"])
+    optimizer.step()
+
+
+# === end shared ===
+def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
+    """One gradient step of critics, actor, gate and temperature; no host synchronisation. Returns detached tensors."""
+    alpha = agent.log_alpha.detach().exp()
+
+    # Critics: y = r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha log N_k'(a'|s')), k' ~ w(s'), a' ~ N_k'
+    with torch.no_grad():
+        next_action, next_log_prob = agent.actor.sample(batch.next_obs)
+        next_value = agent.critic_target(batch.next_obs, next_action).amin(0) - alpha * next_log_prob  # (B,)
+        target = batch.reward + args.gamma * (1 - batch.terminated) * next_value  # (B,)
+    critic_loss = (agent.critic(batch.obs, batch.action) - target).square().mean(1).sum()
+    descend(critic_loss, agent.critic_optimizer)
+
+    # Best expert: j = argmax_k min_i Q_i(s, a_k), a_k ~ N_k
+    mean, log_std, w = agent.actor(batch.obs)
+    action, log_prob = tanh_gaussian(mean, log_std)  # (B, K, A), (B, K)
+    with torch.no_grad():
+        best = agent.critic(batch.obs, mean.tanh() if args.selection == "means" else action).amin(0).argmax(1)  # (B,)
+    if args.selection == "fresh":
+        action, log_prob = tanh_gaussian(mean, log_std)
+    best_log_prob = log_prob.gather(1, best[:, None]).squeeze(1)  # (B,)
+
+    if args.primitive_update == "max":  # back-propagation-max: minimise E[alpha log N_j(a_j|s) - min_i Q_i(s, a_j)]
+        actor_loss = (alpha * best_log_prob - agent.critic(batch.obs, pick(action, best)).amin(0)).mean()
+    else:  # back-propagation-all: minimise E[sum_k alpha log N_k(a_k|s) - min_i Q_i(s, a_k)]
+        actor_loss = (alpha * log_prob - agent.critic(batch.obs, action).amin(0)).sum(1).mean()
+
+    # Gate (frequency approximate gradient): minimise the mean over batch and K of (w_k - 1[k = j])^2
+    wins = F.one_hot(best, args.num_experts).float()  # (B, K)
+    gate_loss = (w - wins).square().mean()
+    descend(actor_loss + gate_loss, agent.actor_optimizer)
+
+    # Temperature: minimise -log alpha (log N_j + target entropy), which raises alpha while the entropy is too low
+    entropy = -best_log_prob.detach().mean()
+    alpha_loss = agent.log_alpha * (entropy - agent.target_entropy)
+    descend(alpha_loss, agent.alpha_optimizer)
+
+    torch._foreach_lerp_(list(agent.critic_target.parameters()), list(agent.critic.parameters()), args.tau)
+    return {
+        "losses/critic": critic_loss.detach(),
+        "losses/actor": actor_loss.detach(),
+        "losses/gate": gate_loss.detach(),
+        "losses/alpha": alpha_loss.detach(),
+        "policy/alpha": alpha,
+        "policy/entropy": entropy,
+        "moe/wins": wins.mean(0),
+    }
+
+
+# === shared: run folder ===
+SCRIPT = Path(__file__).stem
+LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
+
+
+def check(args: Args):
+    """Exits with one line naming the flag and the remedy if a value cannot work. Creates nothing."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low, high = LIMITS.get(field.name, (1 if isinstance(value, int) else 1e-9, math.inf))
+            if not low <= value <= high:
+                fail(f"--{field.name.replace('_', '-')} {value}: must lie between {low} and {high}")
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}; --device cpu always works")
+
+
+def configure(args: Args):
+    """PyTorch's global settings, the same in training and in evaluation."""
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
+
+
+def check_memory(args: Args, env: gym.Env):
+    """Exits if the replay buffer cannot fit the memory of the device."""
+    needed = args.buffer_size * (4 * (env.observation_space.shape[0] + env.action_space.shape[0] + 2) + 8)
+    if args.device.startswith("cuda"):
+        memory = torch.cuda.get_device_properties(args.device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if needed > memory:
+        fit = int(args.buffer_size * memory / needed * 0.8)
+        fail(f"--buffer-size {args.buffer_size}: needs {needed / 1e9:.1f} GB of {memory / 1e9:.1f} GB; {fit} would fit")
+
+
+def describe(args: Args) -> dict:
+    """What has to be known to repeat the run: for run.json."""
+
+    def git(*command):
+        result = subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True)
+        return result.stdout.strip() if result.returncode == 0 else None
+
+    packages = ("torch", "numpy", "gymnasium", "mujoco")
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return {
+        "script": SCRIPT,
+        "command": " ".join(["python", *sys.argv]),
+        "args": dataclasses.asdict(args),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "versions": {"python": platform.python_version()} | {p: installed.get(p) for p in packages},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def new_run_dir(args: Args) -> Path:
+    """Creates and returns the folder of a new run."""
+    env_name = args.env_id.split(":")[-1].translate(str.maketrans("?&=/", "----"))
+    default = f"runs/{env_name}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.run_dir or default)
+    if any((run_dir / name).exists() for name in ("run.json", "checkpoint.pt", "eval.csv")):
+        fail(f"--run-dir {run_dir}: holds another run; choose an empty folder, or continue it with --resume {run_dir}")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write(run_dir / "run.json", json.dumps(describe(args), indent=1).encode())
+    except OSError as error:
+        fail(f"--run-dir {run_dir}: {error.strerror}; choose a folder that can be written")
+    return run_dir
+
+
+def load_run(flag: str, folder: str, name: str, device: str) -> tuple[Args, dict]:
+    """Arguments and `name` (model.pt or checkpoint.pt) of a saved run."""
+    try:
+        run = json.loads((Path(folder) / "run.json").read_text())
+        if run["script"] != SCRIPT:
+            fail(f"{flag} {folder}: this run was made by {run['script']}.py; use that script")
+        return Args(**run["args"]), torch.load(Path(folder) / name, map_location=device, weights_only=True)
+    except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
+        fail(f"{flag} {folder}: no readable run.json and {name} there ({type(error).__name__}: {str(error)[:80]})")
+
+
+def write(path: Path, data: bytes | dict):
+    """Writes a file (a dict by torch.save) under a temporary name first, so that `path` is never half-written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(data, file) if isinstance(data, dict) else file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_eval(run_dir: Path, rows: list[dict]):
+    """eval.csv: one line per evaluation, no wall-clock time, so that equal runs give equal files."""
+    lines = [",".join(EVAL_COLUMNS)] + [",".join(f"{row[c]}" for c in EVAL_COLUMNS) for row in rows]
+    write(run_dir / "eval.csv", "\n".join([*lines, ""]).encode())
+
+
+# === end shared ===
+# === shared: evaluation ===
+EVAL_COLUMNS = ("global_step", "policy", "episodes", "return", "return_std", "length", "success")
+
+
+def act(policy, obs: np.ndarray, device: str) -> np.ndarray:
+    """One action (A,) of `policy`, a function of a batch of observations, for one observation (O,)."""
+    with torch.no_grad():
+        return policy(torch.from_numpy(obs).to(device)[None])[0].cpu().numpy()
+
+
+def evaluate(agent: Agent, env: gym.Env, args: Args, policy: str, global_step: int, frames: list | None = None) -> dict:
+    """A row of eval.csv: raw returns over `args.eval_episodes` episodes; `policy` is deterministic or stochastic.
+
+    Own environment and seeds, and the random state is put back afterwards: training is the same with and without it.
+    """
+    function = agent.actor.mode if policy == "deterministic" else lambda obs: agent.actor.sample(obs)[0]
+    returns, lengths, successes = [], [], []
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        for episode in range(args.eval_episodes):
+            obs, info = env.reset(seed=episode_seed(args.seed, episode, evaluation=True))
+            rewards, done = [], False
+            while not done:
+                obs, reward, terminated, truncated, info = env.step(act(function, np.float32(obs), args.device))
+                rewards.append(float(reward))
+                done = terminated or truncated
+                if frames is not None and episode == 0:
+                    frames.append(env.render())
+            returns.append(sum(rewards))
+            lengths.append(len(rewards))
+            successes.append(info.get("success", math.nan))
+    values = (np.mean(returns), np.std(returns), np.mean(lengths), np.mean(successes))
+    row = (global_step, policy, args.eval_episodes, *(round(float(v), 4) for v in values))
+    return dict(zip(EVAL_COLUMNS, row, strict=True))
+
+
+def evaluate_run(args: Args) -> dict:
+    """Evaluates the run in folder `args.evaluate`, prints the result and writes it there as evaluation.json."""
+    saved, model = load_run("--evaluate", args.evaluate, "model.pt", args.device)
+    run = dataclasses.replace(saved, eval_episodes=args.eval_episodes, device=args.device)
+    configure(run)
+    env = make_env(run.env_id, render_mode="rgb_array" if args.video else None)
+    agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], run)
+    agent.load_state_dict(model["agent"])
+    frames = [] if args.video else None
+    result = {
+        "deterministic": evaluate(agent, env, run, "deterministic", model["global_step"], frames),
+        "stochastic": evaluate(agent, env, run, "stochastic", model["global_step"]),
+    }
+    text = json.dumps(result, indent=1)
+    write(Path(args.evaluate) / "evaluation.json", text.encode())
+    print(text)
+    if frames:
+        import imageio  # comes with gymnasium[mujoco]
+
+        imageio.mimsave(Path(args.evaluate) / "video.gif", frames, fps=env.metadata.get("render_fps", 30), loop=0)
+        print(f"video of the first deterministic episode: {Path(args.evaluate) / 'video.gif'}")
+    return result
+
+
+# === end shared ===
+# === shared: main ===
+def main(args: Args) -> Path:
+    """Trains (or resumes, or evaluates) one agent and returns the folder of its run."""
+    check(args)
+    if args.evaluate:
+        evaluate_run(args)
+        return Path(args.evaluate)
+    checkpoint = None
+    if args.resume:
+        saved, checkpoint = load_run("--resume", args.resume, "checkpoint.pt", args.device)
+        for field in dataclasses.fields(Args):  # a resumed run is the same run: it may only become longer
+            given = getattr(args, field.name)
+            fixed = field.name not in ("resume", "total_timesteps")
+            if fixed and given not in (field.default, getattr(saved, field.name)):
+                fail(f"--{field.name.replace('_', '-')} {given}: cannot change in a run that is resumed; leave it out")
+        if args.total_timesteps != Args.total_timesteps:
+            saved = dataclasses.replace(saved, total_timesteps=args.total_timesteps)
+        if checkpoint["global_step"] >= saved.total_timesteps:
+            fail(f"--resume {args.resume}: finished at {checkpoint['global_step']}; give a larger --total-timesteps")
+        args, resumed_dir = saved, Path(args.resume)
+    configure(args)
+    env, eval_env = make_env(args.env_id), make_env(args.env_id)
+    check_memory(args, env)
+    run_dir = resumed_dir if checkpoint else new_run_dir(args)
+
+    torch.manual_seed(args.seed)
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    agent = Agent(obs_dim, action_dim, args)
+    buffer = ReplayBuffer(args.buffer_size + 1, obs_dim, action_dim, torch.device(args.device))
+    start_step = global_step = episode = 0
+    episode_actions, eval_rows, earlier_time = [], [], 0.0
+    if checkpoint:
+        agent.load_state_dict(checkpoint["agent"])
+        for optimizer, state in zip(agent.optimizers(), checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        buffer.load_state_dict(checkpoint["buffer"])
+        start_step = global_step = checkpoint["global_step"]
+        episode, eval_rows, earlier_time = checkpoint["episode"], checkpoint["eval_rows"], checkpoint["wall_time"]
+        episode_actions = list(checkpoint["episode_actions"].cpu().numpy())
+        write_eval(run_dir, eval_rows)
+    obs, _ = env.reset(seed=episode_seed(args.seed, episode))
+    episode_return = 0.0
+    for action in episode_actions:
+        obs, reward, *_ = env.step(action)
+        episode_return += float(reward)
+    obs = np.float32(obs)
+    if checkpoint:
+        if not np.array_equal(obs, checkpoint["obs"].cpu().numpy()):
+            fail(f"--resume {run_dir}: {args.env_id} does not repeat its own episode, an exact resume is impossible")
+        torch.set_rng_state(checkpoint["rng"].cpu())
+        if args.device.startswith("cuda"):
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu(), args.device)
+
+    writer = SummaryWriter(run_dir, purge_step=start_step)
+    progress = tqdm(initial=start_step, total=args.total_timesteps, disable=not sys.stderr.isatty(), unit="step")
+    started, signals = time.time(), []
+    handlers = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def save():
+        wall_time = earlier_time + time.time() - started
+        model = {"agent": agent.state_dict(), "global_step": global_step}
+        state = {
+            "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers()],
+            "buffer": {k: v.clone() if torch.is_tensor(v) else v for k, v in buffer.state_dict().items()},
+            "episode": episode,
+            "episode_actions": torch.from_numpy(np.array(episode_actions, np.float32).reshape(-1, action_dim)),
+            "obs": torch.from_numpy(obs),
+            "eval_rows": eval_rows,
+            "wall_time": wall_time,
+            "rng": torch.get_rng_state(),
+        }
+        if args.device.startswith("cuda"):
+            state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+        write(run_dir / "checkpoint.pt", model | state)
+        write(run_dir / "model.pt", model)
+        timing = {"global_step": global_step, "wall_time": wall_time, "steps_per_second": global_step / wall_time}
+        run = json.loads((run_dir / "run.json").read_text()) | {"args": dataclasses.asdict(args)} | timing
+        write(run_dir / "run.json", json.dumps(run, indent=1).encode())
+
+    def stop(reason: str, code: int):
+        progress.close()
+        print(f"{SCRIPT}.py: step {global_step}: {reason}; continue with --resume {run_dir}", file=sys.stderr)
+        raise SystemExit(code)
+
+    try:
+        if not checkpoint:
+            save()  # from now on every run can be resumed
+        while global_step < args.total_timesteps:
+            if global_step < args.learning_starts:
+                action = torch.rand(action_dim).mul(2).sub(1).numpy()
+            else:
+                action = act(lambda x: agent.actor.sample(x)[0], obs, args.device)
+            if not np.isfinite(action).all():
+                stop(f"the policy's action is {action}, the training has diverged", 1)
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            next_obs, done = np.float32(next_obs), terminated or truncated
+            buffer.add(obs, action, float(reward), terminated, next_obs, done)
+            obs, global_step = next_obs, global_step + 1
+            episode_actions.append(action)
+            episode_return += float(reward)
+            if done:
+                writer.add_scalar("charts/episodic_return", episode_return, global_step)
+                writer.add_scalar("charts/episodic_length", len(episode_actions), global_step)
+                episode, episode_actions, episode_return = episode + 1, [], 0.0
+                obs = np.float32(env.reset(seed=episode_seed(args.seed, episode))[0])
+
+            # one critic, one actor and one temperature step per environment step
+            if global_step >= args.learning_starts:
+                batch = buffer.sample(args.batch_size)
+                losses = update(agent, batch, args)
+            progress.update()
+
+            last = global_step == args.total_timesteps
+            evaluate_now = last or global_step % args.eval_every == 0
+            save_now = last or global_step % args.checkpoint_every == 0 or signals
+            speed = (global_step - start_step) / (time.time() - started)
+            if global_step >= args.learning_starts and (global_step % 1000 == 0 or evaluate_now or save_now):
+                metrics = {"charts/SPS": speed}
+                for key, value in (losses | agent.actor.diagnostics(batch.obs)).items():
+                    if value.ndim:  # one number per expert
+                        metrics |= {f"{key}_{k}": v for k, v in enumerate(value.tolist())}
+                    else:
+                        metrics[key] = value.item()
+                for key, value in metrics.items():
+                    if not math.isfinite(value):
+                        stop(f"{key} is {value}, the training has diverged", 1)
+                    writer.add_scalar(key, value, global_step)
+            if evaluate_now:
+                for policy in ("deterministic", "stochastic")[: 1 + last]:
+                    row = evaluate(agent, eval_env, args, policy, global_step)
+                    eval_rows.append(row)
+                    suffix = "" if policy == "deterministic" else "_stochastic"
+                    writer.add_scalar(f"eval/return{suffix}", row["return"], global_step)
+                    writer.add_scalar(f"eval/success{suffix}", row["success"], global_step)
+                    text = f"{policy} return {row['return']:.1f}, success {row['success']:.2f}"
+                    progress.write(f"step {global_step}/{args.total_timesteps}: {text}, {speed:.0f} steps/s")
+                    progress.set_postfix_str(text)
+                write_eval(run_dir, eval_rows)
+            if save_now:
+                save()
+            if signals and not last:
+                stop(f"{signal.Signals(signals[0]).name}, checkpoint written", 128 + signals[0])
+    except OSError as error:
+        stop(f"cannot write to {run_dir} ({error}); the last checkpoint stands", 1)
+    finally:
+        progress.close()
+        writer.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    print(f"{SCRIPT}.py: finished; run folder {run_dir}")
+    return run_dir
+
+
+# === end shared ===
+if __name__ == "__main__":
+    main(tyro.cli(Args))

@@ -1,0 +1,174 @@
+"""Runs the suites of trainings that results/plot.py draws. Finished runs are skipped, broken ones are resumed.
+
+python results/benchmark.py target-reaching             # two runs at a time, each on one thread
+python results/benchmark.py halfcheetah --jobs 4
+python results/benchmark.py halfcheetah --dry-run       # only says what it would do
+
+A run goes to results/runs/<environment>/<label>/s<seed>, what it prints to s<seed>.log beside that folder. Ctrl-C stops
+the running ones with a checkpoint; the same command goes on later. The exit code is 1 if a run failed.
+"""
+
+import argparse
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+RUNS = Path("results/runs")  # relative, and every command runs in the repository: run.json then names no home folder
+
+
+class Suite(NamedTuple):
+    env: str  # folder under results/runs
+    flags: str  # given to every run
+    seeds: range
+    runs: dict[str, str]  # label -> script, and the flags that make the label
+
+
+TARGET_REACHING = "TargetReaching-v0-fixed"  # the default task of the scripts
+HALFCHEETAH = "--env-id HalfCheetah-v5 --total-timesteps 100000 --eval-every 10000"
+SUITES = {
+    "target-reaching": Suite(
+        TARGET_REACHING,
+        "",
+        range(1, 6),
+        {"sac": "sac", "sac_pmoe": "sac_pmoe", "sac_pmoe-all": "sac_pmoe --primitive-update all"},
+    ),
+    "halfcheetah": Suite(
+        "HalfCheetah-v5",
+        HALFCHEETAH,
+        range(1, 4),
+        {"sac": "sac", "sac_pmoe": "sac_pmoe --num-experts 2"},
+    ),
+    "halfcheetah-medium": Suite(
+        "HalfCheetah-v5",
+        HALFCHEETAH,
+        range(1, 4),
+        {"sac-medium": "sac --matmul-precision medium"},
+    ),
+}
+
+
+def decide(run_dir: Path) -> str:
+    """ "skip" a finished run, "resume" an unfinished one that left a checkpoint, "start" everything else."""
+    try:
+        run = json.loads((run_dir / "run.json").read_text())
+    except FileNotFoundError:
+        return "start"
+    if run.get("global_step") == run["args"]["total_timesteps"]:
+        return "skip"
+    return "resume" if (run_dir / "checkpoint.pt").exists() else "start"
+
+
+def plan(suite: Suite) -> list[tuple[Path, str, list[str]]]:
+    """(run folder, decision, command) of every run; seed by seed, so that a part of a suite compares all labels."""
+    jobs = []
+    for seed in suite.seeds:
+        for label, run in suite.runs.items():
+            script, *flags = run.split()
+            run_dir = RUNS / suite.env / label / f"s{seed}"
+            decision = decide(REPOSITORY / run_dir)
+            if decision == "resume":  # the other flags come from its run.json
+                flags = ["--resume", str(run_dir)]
+            else:
+                flags = [*suite.flags.split(), *flags, "--seed", str(seed), "--run-dir", str(run_dir)]
+            jobs.append((run_dir, decision, [sys.executable, f"algos/{script}.py", *flags]))
+    return jobs
+
+
+def log(*words):
+    print(time.strftime("%H:%M:%S"), *words, flush=True)
+
+
+def start(run_dir: Path, decision: str, command: list[str]) -> subprocess.Popen | None:
+    """Starts one run; None if a process that outlived an earlier benchmark is still at it.
+
+    The log file is locked. The child inherits the lock, so it lasts as long as the child, not as long as this script.
+    """
+    folder = REPOSITORY / run_dir
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.log", "a") as output:
+        try:
+            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        if decision == "start":  # an unfinished run without a checkpoint cannot go on; the scripts refuse its folder
+            for name in ("run.json", "eval.csv"):
+                (folder / name).unlink(missing_ok=True)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
+
+
+def trajectories(run_dir: Path) -> bool:
+    """Writes the run's trajectories.csv; whether that worked."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "results/trajectories.py", str(run_dir)]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment).returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--dry-run", action="store_true", help="print the decisions and commands, start nothing")
+    options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error("--jobs: must be at least 1")
+    suite = SUITES[options.suite]
+    draws = suite.env == TARGET_REACHING
+    jobs = plan(suite)
+    if options.dry_run:
+        for _, decision, command in jobs:
+            print(f"{decision:6}", *command[1:])
+        return 0
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill does what Ctrl-C does
+    waiting, running, failed = [], {}, []
+    for job in jobs:
+        run_dir, decision, _ = job
+        if decision != "skip":
+            waiting.append(job)
+            continue
+        log("skip ", run_dir)
+        folder = REPOSITORY / run_dir
+        if draws and (folder / "checkpoint.pt").exists() and not (folder / "trajectories.csv").exists():
+            failed += [] if trajectories(run_dir) else [run_dir]
+    try:
+        while waiting or running:
+            while waiting and len(running) < options.jobs:
+                run_dir, decision, command = waiting.pop(0)
+                log(f"{decision:6}", run_dir)
+                process = start(run_dir, decision, command)
+                if process:
+                    running[process] = run_dir, time.time()
+                else:
+                    log("LEFT  ", run_dir, "another process is at this run")
+                    failed.append(run_dir)
+            time.sleep(1)
+            for process in [p for p in running if p.poll() is not None]:
+                run_dir, started = running.pop(process)
+                good = process.returncode == 0
+                verdict = "done  " if good else "FAILED"
+                log(verdict, run_dir, f"{(time.time() - started) / 60:.1f} min, {len(waiting)} waiting")
+                if not good:
+                    print(*Path(f"{REPOSITORY / run_dir}.log").read_text().splitlines()[-5:], sep="\n", flush=True)
+                if not good or (draws and not trajectories(run_dir)):
+                    failed.append(run_dir)
+    except KeyboardInterrupt:
+        log("interrupted: the runs write a checkpoint and stop")
+        for process in running:
+            process.send_signal(signal.SIGINT)
+        for process in running:
+            process.wait()
+        return 130
+    log(f"{options.suite}: {len(jobs) - len(failed)} of {len(jobs)} runs are finished", *failed)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

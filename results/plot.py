@@ -1,0 +1,377 @@
+"""Writes every figure (results/figures/*.png) and every table (results/README.md) from results/runs; nothing else does.
+
+python results/plot.py
+
+Reads run.json, eval.csv and, where there is one, trajectories.csv of each finished run; the labels are the folders
+found. The same runs give the same files, byte for byte. results/findings.md is written by hand and copied in.
+"""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+DPI = 150
+WIDTH = 8  # inches; 1200 pixels, shown at about 800
+RESAMPLES = 10_000
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+MARKERS = "osD^vPX"
+POLICY_STEPS = "#0072B2"
+RANDOM_STEPS = "#BBBBBB"
+
+# The fixed layout of TargetReaching
+START, TARGET, TARGET_RADIUS, EDGE = (-4.5, -4.5), (3, 3), 0.5, 5
+OBSTACLES, OBSTACLE_RADIUS = ((-2.5, -2.5), (-3, -0.5), (-0.5, -3)), 0.6
+
+NOTES = {
+    "TargetReaching-v0-fixed": """
+The layout and the start never change and nothing in the environment is random: the ten deterministic episodes of one
+evaluation are one episode, and a seed's deterministic success is 0 or 1. The return alone misleads: flying about for
+300 steps pays up to 42 without any risk, reaching the target pays 100, an obstacle costs 100 and the wall 10.
+""",
+    "HalfCheetah-v5": """
+**Published SAC on HalfCheetah.** None of these rows is at the step count of our runs, so none of them is a target to
+reach here; they are what training goes on to.
+
+| source | version | steps | seeds | return | what is measured |
+|---|---|---:|---:|---:|---|
+| CleanRL documentation | v4 | 1,000,000 | 3 | 9635 ± 1424 | training episodes, stochastic policy, last 100 |
+| RL Baselines3 Zoo (tuned) | v3 | 1,000,000 | 1 | 9536 | deterministic policy |
+| SLM-Lab 5.2 | v5 | 4,000,000 | 4 | 9815 | training episodes, stochastic policy |
+| SAC paper, read off its figure by Tianshou | v1 | 1,000,000 | 5 | about 10400 | maximum over training |
+
+Our runs stop at 100,000 steps. What they can be held against are published learning curves at that point, where SAC
+commonly lies between 3,000 and 5,500; that is read off figures, and we know no table at 100,000 steps. The rewards of
+HalfCheetah are the same in v4 and v5.
+""",
+}
+
+
+class Run(NamedTuple):
+    seed: int
+    info: dict  # run.json
+    evals: dict[str, np.ndarray]  # policy -> (evaluations, 3): global step, return, success
+    trajectories: dict[str, np.ndarray]  # panel -> (rows, 4): episode, step, x, y
+
+
+# Reading
+
+
+def read_run(folder: Path) -> Run:
+    info = json.loads((folder / "run.json").read_text())
+    evals, trajectories = {}, {}
+    with open(folder / "eval.csv") as file:
+        for row in csv.DictReader(file):
+            values = [float(row[c]) for c in ("global_step", "return", "success")]
+            evals.setdefault(row["policy"], []).append(values)
+    if (folder / "trajectories.csv").exists():
+        with open(folder / "trajectories.csv") as file:
+            for row in csv.DictReader(file):
+                values = [float(row[c]) for c in ("episode", "step", "x", "y")]
+                trajectories.setdefault(row["panel"], []).append(values)
+    arrays = ({k: np.array(v) for k, v in rows.items()} for rows in (evals, trajectories))
+    return Run(info["args"]["seed"], info, *arrays)
+
+
+def read_runs(root: Path) -> dict[str, dict[str, list[Run]]]:
+    """environment -> label -> its finished runs by seed. The runs of one label may differ in nothing but the seed."""
+    runs = {}
+    for path in sorted(root.glob("*/*/*/run.json")):
+        info = json.loads(path.read_text())
+        if info.get("global_step") != info["args"]["total_timesteps"]:
+            print(f"left out, not finished: {path.parent}", file=sys.stderr)
+            continue
+        run = read_run(path.parent)
+        runs.setdefault(path.parts[-4], {}).setdefault(path.parts[-3], []).append(run)
+    for env, labels in runs.items():
+        for label, group in labels.items():
+            group.sort(key=lambda run: run.seed)
+            if len({json.dumps(protocol(run), sort_keys=True) for run in group}) > 1:
+                sys.exit(f"{env}/{label}: these runs differ in more than the seed; they cannot share a curve")
+    return runs
+
+
+def protocol(run: Run) -> dict:
+    own = ("seed", "run_dir", "resume", "evaluate", "video")
+    return {"script": run.info["script"]} | {k: v for k, v in run.info["args"].items() if k not in own}
+
+
+# Statistics
+
+
+def iqm(values: np.ndarray) -> np.ndarray:
+    """Interquartile mean over axis 0: the mean without the floor(n / 4) lowest and highest of n, as in rliable.
+
+    So 5 seeds lose two and 3 seeds lose none: with fewer than 4 it is the mean.
+    """
+    cut = len(values) // 4
+    return np.sort(values, axis=0)[cut : len(values) - cut].mean(0)
+
+
+def interval(values: np.ndarray) -> np.ndarray:
+    """95% interval of the IQM of `values` (n, ...) -> (2, ...): percentile bootstrap that draws n seeds out of n.
+
+    Stratified: environment and label are the strata, each call draws within one. A drawn seed brings its whole curve.
+    """
+    drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    means = iqm(np.moveaxis(values[drawn], 1, 0))  # (RESAMPLES, ...)
+    return np.percentile(means, (2.5, 97.5), axis=0)
+
+
+def curve(group: list[Run], column: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (T,) and the deterministic evaluations of every seed (n, T); column 1 is the return, 2 the success."""
+    evals = [run.evals["deterministic"] for run in group]
+    return evals[0][:, 0], np.stack([e[:, column] for e in evals])
+
+
+def final(group: list[Run], policy: str, column: int) -> np.ndarray:
+    """The last evaluation of every seed (n,)."""
+    return np.array([run.evals[policy][-1, column] for run in group])
+
+
+# Figures
+
+
+def save(figure, path: Path):
+    """Without the version of matplotlib in the file."""
+    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    plt.close(figure)
+
+
+def style(labels: dict) -> dict[str, dict]:
+    return {
+        label: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
+        for i, label in enumerate(labels)
+    }
+
+
+def plot_curves(labels: dict[str, list[Run]], path: Path):
+    """Success, where the environment has one, and return over steps."""
+    columns = [(1, "return of an episode")]
+    if all(np.isfinite(final(group, "deterministic", 2)).all() for group in labels.values()):
+        columns.insert(0, (2, "success (share of episodes)"))
+    figure, axes = plt.subplots(1, len(columns), figsize=(WIDTH, 3.6), squeeze=False, layout="constrained")
+    for axis, (column, name) in zip(axes[0], columns, strict=True):
+        for label, look in style(labels).items():
+            steps, values = curve(labels[label], column)
+            low, high = interval(values)
+            axis.plot(steps / 1000, iqm(values), label=label, markersize=4, **look)
+            axis.fill_between(steps / 1000, low, high, color=look["color"], alpha=0.15, linewidth=0)
+        if column == 2:
+            axis.set_ylim(-0.04, 1.04)
+        axis.set_xlim(left=0)
+        axis.set_xlabel("environment steps (thousands)")
+        axis.set_ylabel(name)
+        axis.grid(alpha=0.3)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=4, frameon=False)
+    save(figure, path)
+
+
+def grid(titles: list[str], columns: int):
+    """A figure of square maps of the arena with these titles, and its axes."""
+    rows = math.ceil(len(titles) / columns)
+    size = WIDTH / columns
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, rows * (size + 0.35)), squeeze=False, layout="constrained"
+    )
+    for i, axis in enumerate(axes.flat):
+        if i >= len(titles) or titles[i] is None:
+            axis.axis("off")
+            continue
+        axis.set_title(titles[i], fontsize=9)
+        axis.add_patch(plt.Circle(TARGET, TARGET_RADIUS, color="#9ED8AC", zorder=0))
+        for centre in OBSTACLES:
+            axis.add_patch(plt.Circle(centre, OBSTACLE_RADIUS, color="#777777", zorder=0))
+        axis.plot(*START, "k+", markersize=7)
+        axis.set(xlim=(-EDGE, EDGE), ylim=(-EDGE, EDGE), aspect="equal", xticks=(-5, 0, 5), yticks=(-5, 0, 5))
+        axis.tick_params(labelsize=8)
+        if i % columns == 0:
+            axis.set_ylabel("y", labelpad=-4)
+        if i + columns >= len(titles):
+            axis.set_xlabel("x", labelpad=0)
+    return figure, axes.flat
+
+
+def reached(episode: np.ndarray) -> bool:
+    """Whether an episode (rows, 4) ends in the target; positions are rounded to 0.01."""
+    return bool(np.hypot(*(episode[-1, 2:] - TARGET)) <= TARGET_RADIUS + 0.01)
+
+
+def episodes(rows: np.ndarray) -> list[np.ndarray]:
+    return [rows[rows[:, 0] == e] for e in np.unique(rows[:, 0])]
+
+
+def plot_trajectories(labels: dict[str, list[Run]], path: Path):
+    """First seed of each label: the policy, then, in rows of their own, the experts of each mixture acting alone."""
+    columns = 4
+    panels = [(label, "stochastic", label) for label in labels]
+    panels += [None] * (-len(panels) % columns)
+    for label, group in labels.items():
+        experts = sorted((p for p in group[0].trajectories if p.startswith("expert_")), key=lambda p: int(p[7:]))
+        panels += [(label, panel, f"{label}, expert {panel[7:]} alone") for panel in experts]
+        panels += [None] * (-len(panels) % columns)
+    while panels[-1] is None:
+        panels.pop()
+    titles = []
+    for panel in panels:
+        flown = panel and episodes(labels[panel[0]][0].trajectories[panel[1]])
+        titles.append(panel and f"{panel[2]}\n{sum(map(reached, flown))} of {len(flown)} reach the target")
+    figure, axes = grid(titles, columns)
+    for panel, axis in zip(panels, axes, strict=False):
+        for i, episode in enumerate(episodes(labels[panel[0]][0].trajectories[panel[1]]) if panel else ()):
+            axis.plot(*episode[:, 2:].T, color=plt.cm.viridis(i / 10), linewidth=0.9)
+            axis.plot(*episode[-1, 2:], marker="o" if reached(episode) else "x", color="k", markersize=3, linestyle="")
+    save(figure, path)
+
+
+def plot_exploration(labels: dict[str, list[Run]], path: Path):
+    """All seeds of each label: random steps in grey, then the policy's; the title counts the cells the policy saw."""
+    titles = []
+    for label, group in labels.items():
+        cells = []
+        for run in group:
+            rows = run.trajectories["exploration"]
+            rows = rows[rows[:, 1] >= run.info["args"]["learning_starts"], 2:]
+            cells.append(len(np.unique(np.floor(rows * 2), axis=0)) / (4 * EDGE) ** 2)
+        titles.append(f"{label}\nthe policy visits {np.mean(cells):.0%} of the cells")
+    columns = min(max(len(labels), 2), 3)
+    figure, axes = grid(titles, columns)
+    for group, axis in zip(labels.values(), axes, strict=False):
+        rows = np.concatenate([run.trajectories["exploration"] for run in group])
+        random = rows[:, 1] < group[0].info["args"]["learning_starts"]
+        for mask, colour, name in (
+            (random, RANDOM_STEPS, "uniformly random actions"),
+            (~random, POLICY_STEPS, "policy"),
+        ):
+            axis.scatter(*rows[mask, 2:].T, s=2, color=colour, alpha=0.5, linewidths=0, label=name)
+    handles, names = axes[0].get_legend_handles_labels()
+    legend = figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False, markerscale=5)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
+    save(figure, path)
+
+
+# Text
+
+
+def commits(runs: list[Run]) -> str:
+    """`abc1234`, with + where the tree was not clean."""
+    return ", ".join(sorted({(r.info["commit"] or "none")[:7] + "+" * r.info["dirty"] for r in runs}))
+
+
+def with_interval(values: np.ndarray, digits: int) -> str:
+    if not np.isfinite(values).all():
+        return "-"
+    low, high = interval(values)
+    return f"{iqm(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def table(labels: dict[str, list[Run]]) -> list[str]:
+    lines = [
+        "| label | seeds | steps | return, deterministic | mean ± std | return, stochastic "
+        "| success, det. | success, stoch. | steps/s | minutes | commit |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+    ]
+    for label, group in labels.items():
+        deterministic = final(group, "deterministic", 1)
+        cells = [
+            label,
+            len(group),
+            f"{group[0].info['global_step']:,}",
+            with_interval(deterministic, 1),
+            f"{deterministic.mean():.1f} ± {deterministic.std():.1f}",
+            with_interval(final(group, "stochastic", 1), 1),
+            with_interval(final(group, "deterministic", 2), 2),
+            with_interval(final(group, "stochastic", 2), 2),
+            f"{np.median([run.info['steps_per_second'] for run in group]):.0f}",
+            f"{np.median([run.info['wall_time'] for run in group]) / 60:.1f}",
+            commits(group),
+        ]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def section(env: str, labels: dict[str, list[Run]], figures: Path) -> list[str]:
+    """Draws the figures of one environment and returns its part of README.md."""
+    every = [run for group in labels.values() for run in group]
+    seeds = "; ".join(f"{label}: seeds {', '.join(str(r.seed) for r in group)}" for label, group in labels.items())
+    commit = f"Commit {commits(every)}."
+    drawn = []
+
+    def figure(name: str, title: str, caption: str):
+        drawn.extend([f"![{env}, {title}](figures/{name}.png)", "", f"*{caption} {commit}*", ""])
+
+    plot_curves(labels, figures / f"{env}.png")
+    count = every[0].info["args"]["eval_episodes"]
+    text = f"{env}: deterministic policy, {count} episodes per evaluation. Line: interquartile mean (IQM) over the "
+    figure(env, "learning curves", text + f"seeds; band: 95% bootstrap interval. {seeds[0].upper()}{seeds[1:]}.")
+
+    flown = {label: group for label, group in labels.items() if "stochastic" in group[0].trajectories}
+    if flown:
+        plot_trajectories(flown, figures / f"{env}-trajectories.png")
+        firsts = sorted({group[0].seed for group in flown.values()})
+        text = (
+            "The trained policies in the fixed layout: + start, green target, grey obstacles; an episode ends in a dot "
+        )
+        text += "if it reaches the target, else in a cross. Ten stochastic episodes of each policy, then five of each "
+        text += "expert acting alone everywhere, with its own noise. One run of each label, its first seed "
+        figure(f"{env}-trajectories", "trajectories", text + f"({', '.join(map(str, firsts))}), not a chosen one.")
+
+    seen = {k: g for k, g in labels.items() if all("exploration" in run.trajectories for run in g)}
+    if seen:
+        plot_exploration(seen, figures / f"{env}-exploration.png")
+        text = (
+            "Where the first 10,000 training steps were (every 5th), all seeds of a label together. The percentage is "
+        )
+        text += "the mean over seeds of the share of the 400 cells of side 0.5 that one run's policy visited. "
+        figure(f"{env}-exploration", "exploration", text + f"{seeds[0].upper()}{seeds[1:]}.")
+
+    machines = sorted({run.info["machine"] for run in every})
+    versions = sorted({", ".join(f"{k} {v}" for k, v in run.info["versions"].items()) for run in every})
+    lines = [f"## {env}", "", *drawn, *table(labels), ""]
+    lines += [f"Machine: {'; '.join(machines)}. Versions: {'; '.join(versions)}.", "", "```"]
+    lines += [f"{group[0].info['command']}" for group in labels.values()]
+    lines += ["```", ""]
+    if env in NOTES:
+        lines += [NOTES[env].strip(), ""]
+    return lines
+
+
+INTRODUCTION = """
+# Results
+
+`python results/plot.py` writes this page and its figures from `results/runs`; `python results/benchmark.py SUITE` makes
+the runs. Steps are environment steps. Returns and successes in the tables are those of the last evaluation, which has
+its own environment and seeds. **IQM [interval]**: mean over the seeds without the floor(n / 4) lowest and highest (so
+of 5 seeds the middle three count, and with 3 it is the plain mean), and its 95% percentile bootstrap interval, 10,000
+resamples of the seeds within environment and label. With 3 to 5 seeds such an interval is rough and rather too narrow:
+intervals that overlap decide nothing. ± is the standard deviation over the seeds. Steps/s and minutes are medians of
+whole runs, evaluations included, with other runs on the same machine at the time. A commit with + had uncommitted
+changes. Under each table is the command of each label's first seed.
+"""
+
+
+def main(root: Path):
+    figures = root / "figures"
+    figures.mkdir(exist_ok=True)
+    for old in figures.glob("*.png"):
+        old.unlink()
+    lines = [INTRODUCTION.strip(), ""]
+    if (root / "findings.md").exists():
+        lines += [(root / "findings.md").read_text().strip(), ""]
+    for env, labels in sorted(read_runs(root / "runs").items()):
+        lines += section(env, labels, figures)
+    (root / "README.md").write_text("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main(Path(__file__).resolve().parent)
