@@ -96,7 +96,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
                 kwargs[key] = ast.literal_eval(value)  # numbers, booleans, tuples
             except (ValueError, SyntaxError):
                 pass  # a plain word stays a string
-        env = gym.make(name, render_mode=render_mode, **kwargs)
+        env = gym.make(name, **kwargs, **({"render_mode": render_mode} if render_mode else {}))
     except (gym.error.Error, ImportError, TypeError, ValueError) as error:
         hint = " (in the repository: pip install -e .)" if isinstance(error, ImportError) else ""
         fail(f"--env-id {env_id}: {str(error).strip().splitlines()[0]}{hint}")

@@ -127,7 +127,8 @@ def main() -> int:
             print(f"{decision:6}", *command[1:])
         return 0
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a polite kill does what Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):  # kill does what Ctrl-C does, in the background as well
+        signal.signal(number, signal.default_int_handler)
     waiting, running, failed = [], {}, []
     for job in jobs:
         run_dir, decision, _ = job

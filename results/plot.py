@@ -44,9 +44,9 @@ reach here; they are what training goes on to.
 | source | version | steps | seeds | return | what is measured |
 |---|---|---:|---:|---:|---|
 | CleanRL documentation | v4 | 1,000,000 | 3 | 9635 ± 1424 | training episodes, stochastic policy, last 100 |
-| RL Baselines3 Zoo (tuned) | v3 | 1,000,000 | 1 | 9536 | deterministic policy |
+| RL Baselines3 Zoo | v3 | 1,000,000 | 1 | 9536 | deterministic policy |
 | SLM-Lab 5.2 | v5 | 4,000,000 | 4 | 9815 | training episodes, stochastic policy |
-| SAC paper, read off its figure by Tianshou | v1 | 1,000,000 | 5 | about 10400 | maximum over training |
+| SAC paper, read off its figure by Tianshou | not said | 1,000,000 | 5 | about 10400 | not said |
 
 Our runs stop at 100,000 steps. What they can be held against are published learning curves at that point, where SAC
 commonly lies between 3,000 and 5,500; that is read off figures, and we know no table at 100,000 steps. The rewards of
@@ -116,14 +116,18 @@ def iqm(values: np.ndarray) -> np.ndarray:
     return np.sort(values, axis=0)[cut : len(values) - cut].mean(0)
 
 
-def interval(values: np.ndarray) -> np.ndarray:
-    """95% interval of the IQM of `values` (n, ...) -> (2, ...): percentile bootstrap that draws n seeds out of n.
+def mean(values: np.ndarray) -> np.ndarray:
+    return values.mean(0)
+
+
+def interval(values: np.ndarray, statistic=iqm) -> np.ndarray:
+    """95% interval of a statistic of `values` (n, ...) -> (2, ...): percentile bootstrap that draws n seeds out of n.
 
     Stratified: environment and label are the strata, each call draws within one. A drawn seed brings its whole curve.
     """
     drawn = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    means = iqm(np.moveaxis(values[drawn], 1, 0))  # (RESAMPLES, ...)
-    return np.percentile(means, (2.5, 97.5), axis=0)
+    statistics = statistic(np.moveaxis(values[drawn], 1, 0))  # (RESAMPLES, ...)
+    return np.percentile(statistics, (2.5, 97.5), axis=0)
 
 
 def curve(group: list[Run], column: int) -> tuple[np.ndarray, np.ndarray]:
@@ -142,7 +146,7 @@ def final(group: list[Run], policy: str, column: int) -> np.ndarray:
 
 def save(figure, path: Path):
     """Without the version of matplotlib in the file."""
-    figure.savefig(path, dpi=DPI, metadata={"Software": None})
+    figure.savefig(path, dpi=DPI, bbox_inches="tight", metadata={"Software": None})
     plt.close(figure)
 
 
@@ -154,17 +158,22 @@ def style(labels: dict) -> dict[str, dict]:
 
 
 def plot_curves(labels: dict[str, list[Run]], path: Path):
-    """Success, where the environment has one, and return over steps."""
-    columns = [(1, "return of an episode")]
+    """Success, where the environment has one, and return over steps.
+
+    Success is averaged plainly: it is 0 or 1 for most seeds, and an IQM would call 4 of 5 seeds 1.00.
+    """
+    columns = [(1, "return of an episode", iqm)]
     if all(np.isfinite(final(group, "deterministic", 2)).all() for group in labels.values()):
-        columns.insert(0, (2, "success (share of episodes)"))
+        columns.insert(0, (2, "success (share of episodes)", mean))
     figure, axes = plt.subplots(1, len(columns), figsize=(WIDTH, 3.6), squeeze=False, layout="constrained")
-    for axis, (column, name) in zip(axes[0], columns, strict=True):
+    for axis, (column, name, statistic) in zip(axes[0], columns, strict=True):
         for label, look in style(labels).items():
             steps, values = curve(labels[label], column)
-            low, high = interval(values)
-            axis.plot(steps / 1000, iqm(values), label=label, markersize=4, **look)
-            axis.fill_between(steps / 1000, low, high, color=look["color"], alpha=0.15, linewidth=0)
+            low, high = interval(values, statistic)
+            axis.plot(steps / 1000, statistic(values), label=label, markersize=4, **look)
+            axis.fill_between(steps / 1000, low, high, color=look["color"], alpha=0.12, linewidth=0)
+            for edge in (low, high):  # where bands cover each other, their edges still tell them apart
+                axis.plot(steps / 1000, edge, color=look["color"], linewidth=0.7, alpha=0.6)
         if column == 2:
             axis.set_ylim(-0.04, 1.04)
         axis.set_xlim(left=0)
@@ -180,14 +189,13 @@ def grid(titles: list[str], columns: int):
     """A figure of square maps of the arena with these titles, and its axes."""
     rows = math.ceil(len(titles) / columns)
     size = WIDTH / columns
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(WIDTH, rows * (size + 0.35)), squeeze=False, layout="constrained"
-    )
+    shape = {"figsize": (WIDTH, rows * (size + 0.3) + 0.4), "squeeze": False, "layout": "compressed"}
+    figure, axes = plt.subplots(rows, columns, **shape)
     for i, axis in enumerate(axes.flat):
         if i >= len(titles) or titles[i] is None:
             axis.axis("off")
             continue
-        axis.set_title(titles[i], fontsize=9)
+        axis.set_title(titles[i], fontsize=8)
         axis.add_patch(plt.Circle(TARGET, TARGET_RADIUS, color="#9ED8AC", zorder=0))
         for centre in OBSTACLES:
             axis.add_patch(plt.Circle(centre, OBSTACLE_RADIUS, color="#777777", zorder=0))
@@ -217,18 +225,19 @@ def plot_trajectories(labels: dict[str, list[Run]], path: Path):
     panels += [None] * (-len(panels) % columns)
     for label, group in labels.items():
         experts = sorted((p for p in group[0].trajectories if p.startswith("expert_")), key=lambda p: int(p[7:]))
-        panels += [(label, panel, f"{label}, expert {panel[7:]} alone") for panel in experts]
+        panels += [(label, panel, f"{label}, expert {panel[7:]}") for panel in experts]
         panels += [None] * (-len(panels) % columns)
     while panels[-1] is None:
         panels.pop()
     titles = []
     for panel in panels:
         flown = panel and episodes(labels[panel[0]][0].trajectories[panel[1]])
-        titles.append(panel and f"{panel[2]}\n{sum(map(reached, flown))} of {len(flown)} reach the target")
+        titles.append(panel and f"{panel[2]}\n{sum(map(reached, flown))} of {len(flown)} arrive")
     figure, axes = grid(titles, columns)
     for panel, axis in zip(panels, axes, strict=False):
-        for i, episode in enumerate(episodes(labels[panel[0]][0].trajectories[panel[1]]) if panel else ()):
-            axis.plot(*episode[:, 2:].T, color=plt.cm.viridis(i / 10), linewidth=0.9)
+        flown = episodes(labels[panel[0]][0].trajectories[panel[1]]) if panel else []
+        for i, episode in enumerate(flown):
+            axis.plot(*episode[:, 2:].T, color=plt.cm.viridis(i / len(flown)), linewidth=0.9)
             axis.plot(*episode[-1, 2:], marker="o" if reached(episode) else "x", color="k", markersize=3, linestyle="")
     save(figure, path)
 
@@ -242,8 +251,8 @@ def plot_exploration(labels: dict[str, list[Run]], path: Path):
             rows = run.trajectories["exploration"]
             rows = rows[rows[:, 1] >= run.info["args"]["learning_starts"], 2:]
             cells.append(len(np.unique(np.floor(rows * 2), axis=0)) / (4 * EDGE) ** 2)
-        titles.append(f"{label}\nthe policy visits {np.mean(cells):.0%} of the cells")
-    columns = min(max(len(labels), 2), 3)
+        titles.append(f"{label}\npolicy in {np.mean(cells):.0%} of the cells")
+    columns = min(max(len(labels), 2), 4)
     figure, axes = grid(titles, columns)
     for group, axis in zip(labels.values(), axes, strict=False):
         rows = np.concatenate([run.trajectories["exploration"] for run in group])
@@ -268,11 +277,19 @@ def commits(runs: list[Run]) -> str:
     return ", ".join(sorted({(r.info["commit"] or "none")[:7] + "+" * r.info["dirty"] for r in runs}))
 
 
-def with_interval(values: np.ndarray, digits: int) -> str:
+def seeds_of(labels: dict[str, list[Run]]) -> str:
+    """A phrase for captions; one list if all labels have the same seeds."""
+    lists = {label: ", ".join(str(run.seed) for run in group) for label, group in labels.items()}
+    if len(set(lists.values())) == 1:
+        return f"Seeds of each label: {next(iter(lists.values()))}."
+    return "Seeds: " + "; ".join(f"{label} {numbers}" for label, numbers in lists.items()) + "."
+
+
+def with_interval(values: np.ndarray, digits: int, statistic=iqm) -> str:
     if not np.isfinite(values).all():
         return "-"
-    low, high = interval(values)
-    return f"{iqm(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    low, high = interval(values, statistic)
+    return f"{statistic(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def table(labels: dict[str, list[Run]]) -> list[str]:
@@ -290,8 +307,8 @@ def table(labels: dict[str, list[Run]]) -> list[str]:
             with_interval(deterministic, 1),
             f"{deterministic.mean():.1f} ± {deterministic.std():.1f}",
             with_interval(final(group, "stochastic", 1), 1),
-            with_interval(final(group, "deterministic", 2), 2),
-            with_interval(final(group, "stochastic", 2), 2),
+            with_interval(final(group, "deterministic", 2), 2, mean),
+            with_interval(final(group, "stochastic", 2), 2, mean),
             f"{np.median([run.info['steps_per_second'] for run in group]):.0f}",
             f"{np.median([run.info['wall_time'] for run in group]) / 60:.1f}",
             commits(group),
@@ -303,7 +320,6 @@ def table(labels: dict[str, list[Run]]) -> list[str]:
 def section(env: str, labels: dict[str, list[Run]], figures: Path) -> list[str]:
     """Draws the figures of one environment and returns its part of README.md."""
     every = [run for group in labels.values() for run in group]
-    seeds = "; ".join(f"{label}: seeds {', '.join(str(r.seed) for r in group)}" for label, group in labels.items())
     commit = f"Commit {commits(every)}."
     drawn = []
 
@@ -312,28 +328,26 @@ def section(env: str, labels: dict[str, list[Run]], figures: Path) -> list[str]:
 
     plot_curves(labels, figures / f"{env}.png")
     count = every[0].info["args"]["eval_episodes"]
-    text = f"{env}: deterministic policy, {count} episodes per evaluation. Line: interquartile mean (IQM) over the "
-    figure(env, "learning curves", text + f"seeds; band: 95% bootstrap interval. {seeds[0].upper()}{seeds[1:]}.")
+    success = "mean of the success, " if np.isfinite(final(every, "deterministic", 2)).all() else ""
+    text = f"{env}: deterministic policy, {count} episodes per evaluation. Lines: {success}interquartile mean (IQM) of "
+    text += f"the return over the seeds; bands: 95% bootstrap intervals. {seeds_of(labels)}"
+    figure(env, "learning curves", text)
 
     flown = {label: group for label, group in labels.items() if "stochastic" in group[0].trajectories}
     if flown:
         plot_trajectories(flown, figures / f"{env}-trajectories.png")
-        firsts = sorted({group[0].seed for group in flown.values()})
-        text = (
-            "The trained policies in the fixed layout: + start, green target, grey obstacles; an episode ends in a dot "
-        )
-        text += "if it reaches the target, else in a cross. Ten stochastic episodes of each policy, then five of each "
-        text += "expert acting alone everywhere, with its own noise. One run of each label, its first seed "
-        figure(f"{env}-trajectories", "trajectories", text + f"({', '.join(map(str, firsts))}), not a chosen one.")
+        text = "The trained policies in the fixed layout (+ start, green target, grey obstacles). An episode ends in a "
+        text += "dot if it reaches the target, else in a cross. Ten stochastic episodes of each policy, then five of "
+        text += "each expert acting alone everywhere, with its own noise. One run of each label, its first seed "
+        firsts = ", ".join(map(str, sorted({group[0].seed for group in flown.values()})))
+        figure(f"{env}-trajectories", "trajectories", text + f"({firsts}), not a chosen one.")
 
     seen = {k: g for k, g in labels.items() if all("exploration" in run.trajectories for run in g)}
     if seen:
         plot_exploration(seen, figures / f"{env}-exploration.png")
-        text = (
-            "Where the first 10,000 training steps were (every 5th), all seeds of a label together. The percentage is "
-        )
-        text += "the mean over seeds of the share of the 400 cells of side 0.5 that one run's policy visited. "
-        figure(f"{env}-exploration", "exploration", text + f"{seeds[0].upper()}{seeds[1:]}.")
+        text = "Where the first 10,000 training steps were (every 5th), all seeds of a label together. The percentage "
+        text += "is the share of the 400 cells of side 0.5 in which one run's policy was seen, mean over the seeds. "
+        figure(f"{env}-exploration", "exploration", text + seeds_of(seen))
 
     machines = sorted({run.info["machine"] for run in every})
     versions = sorted({", ".join(f"{k} {v}" for k, v in run.info["versions"].items()) for run in every})
@@ -350,13 +364,18 @@ INTRODUCTION = """
 # Results
 
 `python results/plot.py` writes this page and its figures from `results/runs`; `python results/benchmark.py SUITE` makes
-the runs. Steps are environment steps. Returns and successes in the tables are those of the last evaluation, which has
-its own environment and seeds. **IQM [interval]**: mean over the seeds without the floor(n / 4) lowest and highest (so
-of 5 seeds the middle three count, and with 3 it is the plain mean), and its 95% percentile bootstrap interval, 10,000
-resamples of the seeds within environment and label. With 3 to 5 seeds such an interval is rough and rather too narrow:
-intervals that overlap decide nothing. ± is the standard deviation over the seeds. Steps/s and minutes are medians of
-whole runs, evaluations included, with other runs on the same machine at the time. A commit with + had uncommitted
-changes. Under each table is the command of each label's first seed.
+the runs. Steps are environment steps; the numbers in the tables are those of the last evaluation, which has its own
+environment and seeds.
+
+* **Return** is the interquartile mean (IQM) over the seeds and its 95% interval. The IQM leaves out the floor(n / 4)
+  lowest and highest of n seeds: of 5 the middle three count, with 3 it is the plain mean. The interval is a percentile
+  bootstrap, 10,000 resamples of the seeds within environment and label. ± is the standard deviation over the seeds.
+* **Success** is the plain mean over the seeds and the same kind of interval. It is 0 or 1 for most seeds, and an IQM
+  would call 4 of 5 seeds 1.00.
+* With 3 to 5 seeds these intervals are rough and rather too narrow (where all seeds agree they have no width at all):
+  small differences decide nothing.
+* **Steps/s** and **minutes** are medians of whole runs, evaluations included, with other runs on the same machine.
+  A **commit** with + had uncommitted changes. Under each table is the command of each label's first seed.
 """
 
 

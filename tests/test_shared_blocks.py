@@ -14,7 +14,7 @@ import pytest
 
 ALGOS = Path(__file__).parent.parent / "algos"
 SCRIPTS = sorted(ALGOS.glob("*.py"))
-BLOCK = re.compile(r"^( *# === shared: (.+) ===\n)(.*?)(^ *# === end shared ===\n)", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^( *# === shared: ([^\n]+) ===\n)(.*?)(^ *# === end shared ===\n)", re.MULTILINE | re.DOTALL)
 
 
 def blocks(text: str) -> dict[str, str]:

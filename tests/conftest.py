@@ -1,0 +1,35 @@
+"""Loads the scripts of algos/ as modules: they are files to run, not a package."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks here are tiny, and subprocesses run beside each other
+ALGOS = Path(__file__).parent.parent / "algos"
+SCRIPTS = sorted(path.stem for path in ALGOS.glob("*.py"))
+
+
+def load(name: str):
+    """The module algos/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, ALGOS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def sac():
+    return load("sac")
+
+
+@pytest.fixture(scope="session")
+def pmoe():
+    return load("sac_pmoe")
+
+
+@pytest.fixture(scope="session", params=SCRIPTS)
+def script(request):
+    """Every script in turn."""
+    return load(request.param)

@@ -1,0 +1,173 @@
+"""The scripts under results/: statistics by hand, what the benchmark decides, and figures that repeat to the byte."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+RESULTS = Path(__file__).resolve().parent.parent / "results"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, RESULTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def plot():
+    pytest.importorskip("matplotlib")
+    module = load("plot")
+    module.DPI = 30  # what is drawn does not matter here
+    return module
+
+
+benchmark = load("benchmark")
+
+
+def make_run(root, env="Env-v0", label="sac", seed=1, step=1000, total=1000, success=math.nan, **trajectories):
+    folder = root / "runs" / env / label / f"s{seed}"
+    folder.mkdir(parents=True)
+    run = {
+        "script": "sac",
+        "command": "python algos/sac.py",
+        "args": {"seed": seed, "total_timesteps": total, "eval_episodes": 10, "learning_starts": 500},
+        "commit": "0123456789",
+        "dirty": seed == 2,
+        "versions": {"torch": "2"},
+        "machine": "one",
+        "global_step": step,
+        "wall_time": 60.0,
+        "steps_per_second": 100.0,
+    }
+    (folder / "run.json").write_text(json.dumps(run))
+    lines = ["global_step,policy,episodes,return,return_std,length,success"]
+    lines += [f"{t},deterministic,10,{seed * t},0.0,5.0,{success}" for t in (500, 1000)]
+    lines += [f"1000,stochastic,10,{seed * 900},0.0,5.0,{success}", ""]
+    (folder / "eval.csv").write_text("\n".join(lines))
+    if trajectories:
+        lines = [f"{panel},{row}" for panel, rows in trajectories.items() for row in rows]
+        (folder / "trajectories.csv").write_text("\n".join(["panel,episode,step,x,y", *lines, ""]))
+    return folder
+
+
+# Statistics
+
+
+@pytest.mark.parametrize(
+    "values, expected",
+    [([7], 7), ([0, 1, 5], 2), ([100, 1, 2, -50], 1.5), ([0, 0, 1, 1, 1], 2 / 3), (range(8), 3.5)],
+)
+def test_iqm_drops_a_quarter_at_each_end_rounded_down(plot, values, expected):
+    assert plot.iqm(np.array(values, float)) == pytest.approx(expected)
+    assert plot.iqm(np.array(values, float)[::-1, None] + [0, 10]) == pytest.approx([expected, expected + 10])
+
+
+def test_interval_of_two_seeds(plot):
+    # means of two draws from {0, 1}: 0, 1/2, 1 with probabilities 1/4, 1/2, 1/4
+    assert plot.interval(np.array([0.0, 1.0])) == pytest.approx([0, 1])
+    assert plot.interval(np.full(5, 3.0)) == pytest.approx([3, 3])
+
+
+def test_interval_of_a_mean_is_near_the_normal_one(plot):
+    values = np.random.default_rng(1).normal(size=100)
+    width = 1.96 * values.std() / 10
+    expected = [values.mean() - width, values.mean() + width]
+    assert plot.interval(values, plot.mean) == pytest.approx(expected, abs=0.03)
+
+
+def test_interval_resamples_whole_curves_and_repeats(plot):
+    values = np.array([[0.0, 10.0], [1.0, 11.0], [5.0, 15.0]])
+    low_high = plot.interval(values)
+    assert low_high.shape == (2, 2)
+    assert low_high[:, 1] == pytest.approx(low_high[:, 0] + 10)
+    assert (plot.interval(values) == low_high).all()
+
+
+# Benchmark
+
+
+def test_benchmark_decides_by_run_json_and_checkpoint(tmp_path):
+    finished = make_run(tmp_path, seed=1)
+    broken = make_run(tmp_path, seed=2, step=400)
+    (broken / "checkpoint.pt").touch()
+    lost = make_run(tmp_path, seed=3, step=400)
+    longer = make_run(tmp_path, seed=4, step=1000, total=2000)
+    (longer / "checkpoint.pt").touch()
+    folders = [finished, broken, lost, longer, tmp_path / "none"]
+    assert [benchmark.decide(f) for f in folders] == ["skip", "resume", "start", "resume", "start"]
+
+
+def test_benchmark_commands(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "REPOSITORY", tmp_path)
+    broken = make_run(tmp_path / "results", env="E", label="b", seed=2, step=400)
+    (broken / "checkpoint.pt").touch()
+    suite = benchmark.Suite("E", "--total-timesteps 9", range(1, 3), {"a": "sac", "b": "sac_pmoe --num-experts 2"})
+    plan = benchmark.plan(suite)
+    assert [f"{decision} {' '.join(command[1:])}" for _, decision, command in plan] == [
+        "start algos/sac.py --total-timesteps 9 --seed 1 --run-dir results/runs/E/a/s1",
+        "start algos/sac_pmoe.py --total-timesteps 9 --num-experts 2 --seed 1 --run-dir results/runs/E/b/s1",
+        "start algos/sac.py --total-timesteps 9 --seed 2 --run-dir results/runs/E/a/s2",
+        "resume algos/sac_pmoe.py --resume results/runs/E/b/s2",
+    ]
+
+
+def test_benchmark_leaves_a_run_alone_that_another_process_holds(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "REPOSITORY", tmp_path)
+    command = ["sleep", "5"]
+    first = benchmark.start(Path("s1"), "start", command)
+    try:
+        assert benchmark.start(Path("s1"), "start", command) is None
+    finally:
+        first.kill()
+        first.wait()
+    second = benchmark.start(Path("s1"), "start", ["true"])
+    assert second.wait() == 0
+
+
+# Figures and tables
+
+
+def test_plot_writes_figures_and_a_page_and_repeats_to_the_byte(plot, tmp_path):
+    flight = ["0,0,-4.50,-4.50", "0,4,2.90,3.00"]
+    panels = {"stochastic": flight, "exploration": ["0,0,-4.50,-4.50", "1,900,1.00,1.00"]}
+    for seed in (1, 2, 10):
+        make_run(tmp_path, env="Reach", label="sac", seed=seed, success=float(seed == 1), **panels)
+        make_run(tmp_path, env="Reach", label="mix", seed=seed, success=0.0, **panels, expert_0=flight, expert_1=flight)
+        make_run(tmp_path, env="Walk", seed=seed)
+    make_run(tmp_path, env="Walk", seed=3, step=400)  # not finished
+    (tmp_path / "findings.md").write_text("## What we found\n\nNothing.\n")
+
+    def write():
+        plot.main(tmp_path)
+        return {p.name: p.read_bytes() for p in (*(tmp_path / "figures").iterdir(), tmp_path / "README.md")}
+
+    first = write()
+    assert sorted(first) == ["README.md", "Reach-exploration.png", "Reach-trajectories.png", "Reach.png", "Walk.png"]
+    (tmp_path / "figures" / "old.png").touch()  # of a suite that is gone
+    assert write() == first
+    page = first["README.md"].decode()
+    assert "## What we found\n\nNothing.\n" in page
+    row = next(line for line in page.split("## Walk")[1].splitlines() if line.startswith("| sac"))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:3] == ["sac", "3", "1,000"]
+    assert cells[3].startswith("4333.3 [")  # (1000 + 2000 + 10000) / 3
+    assert cells[6:] == ["-", "-", "100", "1.0", "0123456, 0123456+"]
+    assert "Seeds of each label: 1, 2, 10." in page
+    assert "| 0.33 [0.00, 1.00] |" in page
+
+
+def test_plot_without_runs(plot, tmp_path):
+    plot.main(tmp_path)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["README.md"]
+
+
+def test_plot_refuses_to_mix_protocols(plot, tmp_path):
+    make_run(tmp_path, seed=1)
+    make_run(tmp_path, seed=2, step=2000, total=2000)
+    with pytest.raises(SystemExit, match="differ in more than the seed"):
+        plot.main(tmp_path)
