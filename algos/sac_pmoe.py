@@ -243,7 +243,7 @@ class Actor(nn.Module):
     def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (B, O) -> action (B, A) of an expert k ~ w(s), its log-probability under that expert (B,)."""
         mean, log_std, w = self(obs)
-        k = torch.multinomial(w, 1).squeeze(1)  # (B,)
+        k = (w / torch.empty_like(w).exponential_()).argmax(1)  # (B,) ~ Categorical(w), as a race of K exponentials
         return tanh_gaussian(pick(mean, k), pick(log_std, k))
 
     def mode(self, obs: torch.Tensor) -> torch.Tensor:
@@ -358,6 +358,8 @@ def check(args: Args):
             low, high = LIMITS.get(field.name, (1 if isinstance(value, int) else 1e-9, math.inf))
             if not low <= value <= high:
                 fail(f"--{field.name.replace('_', '-')} {value}: must lie between {low} and {high}")
+    if args.video and not args.evaluate:
+        fail("--video: goes with --evaluate RUN_DIR")
     try:
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
@@ -504,7 +506,9 @@ def evaluate_run(args: Args) -> dict:
     if frames:
         import imageio  # comes with gymnasium[mujoco]
 
-        imageio.mimsave(Path(args.evaluate) / "video.gif", frames, fps=env.metadata.get("render_fps", 30), loop=0)
+        imageio.mimsave(
+            Path(args.evaluate) / "video.gif", frames, duration=1000 / env.metadata.get("render_fps", 30), loop=0
+        )
         print(f"video of the first deterministic episode: {Path(args.evaluate) / 'video.gif'}")
     return result
 
@@ -527,8 +531,6 @@ def main(args: Args) -> Path:
                 fail(f"--{field.name.replace('_', '-')} {given}: cannot change in a run that is resumed; leave it out")
         if args.total_timesteps != Args.total_timesteps:
             saved = dataclasses.replace(saved, total_timesteps=args.total_timesteps)
-        if checkpoint["global_step"] >= saved.total_timesteps:
-            fail(f"--resume {args.resume}: finished at {checkpoint['global_step']}; give a larger --total-timesteps")
         args, resumed_dir = saved, Path(args.resume)
     configure(args)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
@@ -624,7 +626,7 @@ def main(args: Args) -> Path:
 
             last = global_step == args.total_timesteps
             evaluate_now = last or global_step % args.eval_every == 0
-            save_now = last or global_step % args.checkpoint_every == 0 or signals
+            save_now = global_step % args.checkpoint_every == 0 or signals
             speed = (global_step - start_step) / (time.time() - started)
             if global_step >= args.learning_starts and (global_step % 1000 == 0 or evaluate_now or save_now):
                 metrics = {"charts/SPS": speed}
@@ -650,8 +652,9 @@ def main(args: Args) -> Path:
                 write_eval(run_dir, eval_rows)
             if save_now:
                 save()
-            if signals and not last:
+            if signals:
                 stop(f"{signal.Signals(signals[0]).name}, checkpoint written", 128 + signals[0])
+        save()
     except OSError as error:
         stop(f"cannot write to {run_dir} ({error}); the last checkpoint stands", 1)
     finally:
@@ -659,7 +662,7 @@ def main(args: Args) -> Path:
         writer.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    print(f"{SCRIPT}.py: finished; run folder {run_dir}")
+    print(f"{SCRIPT}.py: finished at step {global_step}; run folder {run_dir}")
     return run_dir
 
 

@@ -149,7 +149,7 @@ def test_replay_state_survives_saving(sac):
 
 @pytest.mark.parametrize(("terminated", "value"), [(True, 1.0), (False, 2.0)])
 def test_probe_value_of_a_terminal_and_of_a_truncated_transition(script, terminated, value):
-    """Reward 1 and the end: Q = 1. The same transition cut by a time limit goes on: Q = 1 + gamma Q = 2 at gamma 0.5."""
+    """Reward 1 and the end: Q = 1. Cut by a time limit instead, it goes on: Q = 1 + gamma Q = 2 at gamma 0.5."""
     torch.manual_seed(0)
     args = script.Args(gamma=0.5, tau=0.2, q_lr=3e-3)
     agent = script.Agent(1, 1, args)

@@ -50,7 +50,7 @@ def test_component_log_prob_against_torch_distributions(pmoe, same_noise):
     same_noise()
     action, log_prob = actor.sample(obs)
     torch.manual_seed(0)
-    k = torch.multinomial(w, 1).squeeze(1)
+    k = (w / torch.empty_like(w).exponential_()).argmax(1)
     rows = torch.arange(200)
     same_noise()
     u = mean[rows, k] + log_std[rows, k].exp() * torch.randn_like(mean[:, 0])
@@ -59,6 +59,18 @@ def test_component_log_prob_against_torch_distributions(pmoe, same_noise):
     torch.testing.assert_close(log_prob, density.log_prob(density.transforms[0](u)).sum(-1), rtol=0, atol=1e-9)
     share = torch.stack([(k == i).double().mean() for i in range(5)])
     torch.testing.assert_close(share, w.mean(0), rtol=0, atol=0.12)
+
+
+def test_experts_are_drawn_with_the_weights_of_the_gate(pmoe):
+    actor = pmoe.Actor(1, 1, pmoe.Args(num_experts=3))
+    actor.head.weight.data.zero_()
+    actor.head.bias.data[:] = torch.tensor([-2.0, 0.0, 2.0, -9.0, -9.0, -9.0])  # three means, all but no noise
+    actor.gate.weight.data.zero_()
+    actor.gate.bias.data[:] = torch.tensor([0.2, 0.3, 0.5]).log()
+    torch.manual_seed(0)
+    action, _ = actor.sample(torch.zeros(20_000, 1))
+    share = torch.stack([(action < -0.5).float().mean(), (action.abs() < 0.5).float().mean()])
+    torch.testing.assert_close(share, torch.tensor([0.2, 0.3]), rtol=0, atol=0.015)
 
 
 def test_mode_is_the_mean_of_the_likeliest_expert(pmoe):

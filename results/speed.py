@@ -1,0 +1,215 @@
+"""How fast the scripts are, as ratios to the same algorithms written the plain way, on CPU.
+
+    python results/speed.py [--threads 1 2] [--precisions highest medium] [--train-steps 1500]
+
+One gradient step on a synthetic batch, and whole training on HalfCheetah-v5 (environment, replay, action and update).
+The plain SAC has two separate critics with an Adam each, weight gradients in the actor's step that nobody uses, a
+temperature read to the host at each step and a target updated tensor by tensor; the plain PMOE sends all K actions
+through both critics with gradients. Times drift on shared machines, so the two forms alternate, round by round, and the
+ratio of each pair is what counts: the median over the rounds is printed.
+"""
+
+import argparse
+import importlib.util
+import statistics
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.distributions import Categorical, Normal
+
+ALGOS = Path(__file__).parent.parent / "algos"
+CASES = {  # name: (script, observation size, action dimensions, K)
+    "SAC, HalfCheetah's size": ("sac", 17, 6, 1),
+    "PMOE K=4, HalfCheetah's size": ("sac_pmoe", 17, 6, 4),
+    "PMOE K=10, Humanoid's size": ("sac_pmoe", 348, 17, 10),
+}
+BATCH = 256
+
+
+def load(name: str):
+    """The module algos/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, ALGOS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mlp(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, outputs))
+
+
+class Plain:
+    """SAC (K = 1) or SAC-PMOE as it is usually written."""
+
+    def __init__(self, obs_dim: int, action_dim: int, num_experts: int):
+        self.shape = num_experts, action_dim
+        self.trunk = mlp(obs_dim, 256)[:4]
+        self.mean, self.log_std = (nn.Linear(256, num_experts * action_dim) for _ in range(2))
+        self.gate = nn.Linear(256, num_experts)
+        self.actor = nn.ModuleList([self.trunk, self.mean, self.log_std, self.gate])
+        self.critics, self.targets = ([mlp(obs_dim + action_dim, 1) for _ in range(2)] for _ in range(2))
+        self.log_alpha = torch.zeros(1, requires_grad=True)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=3e-4)
+        self.critic_optimizers = [torch.optim.Adam(critic.parameters(), lr=3e-4) for critic in self.critics]
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=3e-4)
+
+    def sample(self, obs):
+        """All K actions (B, K, A), their log-probabilities (B, K) and the gate's weights (B, K)."""
+        h = self.trunk(obs)
+        mean, log_std = (head(h).view(-1, *self.shape) for head in (self.mean, self.log_std))
+        normal = Normal(mean, log_std.clamp(-20, 2).exp())
+        u = normal.rsample()
+        log_prob = (normal.log_prob(u) - torch.log(1 - u.tanh().pow(2) + 1e-6)).sum(-1)
+        return u.tanh(), log_prob, self.gate(h.detach()).softmax(-1)
+
+    @staticmethod
+    def min_q(networks, obs, action):
+        x = torch.cat([obs, action], -1)
+        return torch.min(*(network(x).squeeze(-1) for network in networks))
+
+    def act(self, obs):
+        with torch.no_grad():
+            action, _, w = self.sample(obs)
+            return action[0, Categorical(w[0]).sample()].numpy()
+
+    def update(self, batch):
+        num_experts, action_dim = self.shape
+        alpha = self.log_alpha.exp().item()
+        rows = torch.arange(len(batch.obs))
+        with torch.no_grad():
+            action, log_prob, w = self.sample(batch.next_obs)
+            k = Categorical(w).sample()
+            value = self.min_q(self.targets, batch.next_obs, action[rows, k]) - alpha * log_prob[rows, k]
+            target = batch.reward + 0.99 * (1 - batch.terminated) * value
+        for critic, optimizer in zip(self.critics, self.critic_optimizers, strict=True):
+            loss = F.mse_loss(critic(torch.cat([batch.obs, batch.action], -1)).squeeze(-1), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        action, log_prob, w = self.sample(batch.obs)
+        q = self.min_q(self.critics, batch.obs[:, None].expand(-1, num_experts, -1), action)  # (B, K)
+        best_q, best = q.max(1)
+        loss = (alpha * log_prob[rows, best] - best_q).mean()
+        if num_experts > 1:
+            loss = loss + F.mse_loss(w, F.one_hot(best, num_experts).float())
+        self.actor_optimizer.zero_grad()
+        loss.backward()
+        self.actor_optimizer.step()
+        alpha_loss = -(self.log_alpha * (log_prob[rows, best].detach() - action_dim)).mean()
+        self.alpha_optimizer.zero_grad()
+        alpha_loss.backward()
+        self.alpha_optimizer.step()
+        for critic, copy in zip(self.critics, self.targets, strict=True):
+            for p, q in zip(critic.parameters(), copy.parameters(), strict=True):
+                q.data.copy_(0.005 * p.data + 0.995 * q.data)
+
+
+def synthetic_batch(module, obs_dim: int, action_dim: int):
+    noise = torch.randn(3, BATCH, obs_dim)
+    return module.Batch(noise[0], torch.rand(BATCH, action_dim) * 2 - 1, noise[2, :, 0], torch.zeros(BATCH), noise[1])
+
+
+def ours_and_plain(case):
+    """Two functions that each do one gradient step."""
+    name, obs_dim, action_dim, num_experts = case
+    module = load(name)
+    args = module.Args(**({"num_experts": num_experts} if num_experts > 1 else {}))
+    agent, plain = module.Agent(obs_dim, action_dim, args), Plain(obs_dim, action_dim, num_experts)
+    batch = synthetic_batch(module, obs_dim, action_dim)
+    return lambda: module.update(agent, batch, args), lambda: plain.update(batch)
+
+
+def seconds(function, steps: int) -> float:
+    """Seconds per call."""
+    start = time.perf_counter()
+    for _ in range(steps):
+        function()
+    return (time.perf_counter() - start) / steps
+
+
+def training(case, plain: bool):
+    """A function that does one step of training on HalfCheetah-v5."""
+    name, obs_dim, action_dim, num_experts = case
+    module = load(name)
+    args = module.Args(**({"num_experts": num_experts} if num_experts > 1 else {}))
+    env = gym.wrappers.RescaleAction(gym.make("HalfCheetah-v5"), np.float32(-1), np.float32(1))
+    state = {"obs": np.float32(env.reset(seed=0)[0])}
+    if plain:
+        agent, arrays = Plain(obs_dim, action_dim, num_experts), []
+        for width in (obs_dim, action_dim, 0, 0, obs_dim):
+            arrays.append(np.zeros((1_000_000, width) if width else 1_000_000, np.float32))
+        count = [0]
+    else:
+        agent = module.Agent(obs_dim, action_dim, args)
+        buffer = module.ReplayBuffer(1_000_001, obs_dim, action_dim, torch.device("cpu"))
+
+    def step(update=True):
+        obs = state["obs"]
+        if plain:
+            action = agent.act(torch.as_tensor(obs)[None])
+        else:
+            action = module.act(lambda x: agent.actor.sample(x)[0], obs, "cpu")
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        next_obs = np.float32(next_obs)
+        if plain:
+            for array, value in zip(arrays, (obs, action, reward, terminated, next_obs), strict=True):
+                array[count[0]] = value
+            count[0] += 1
+        else:
+            buffer.add(obs, action, reward, terminated, next_obs, terminated or truncated)
+        state["obs"] = np.float32(env.reset()[0]) if terminated or truncated else next_obs
+        if update and plain:
+            rows = np.random.randint(count[0], size=BATCH)
+            agent.update(module.Batch(*(torch.as_tensor(array[rows]) for array in arrays)))
+        elif update:
+            module.update(agent, buffer.sample(BATCH), args)
+
+    for _ in range(300):
+        step(update=False)
+    return step
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--precisions", nargs="+", default=["highest", "medium"])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--train-steps", type=int, default=900, help="0 leaves the whole training out")
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)  # for both forms: the plain one would be slower still without it
+    print("| gradient step | threads | matmul | ours, ms | plain, ms | ours / plain |\n|---|---|---|---|---|---|")
+    for name, case in CASES.items():
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            for precision in args.precisions:
+                ours, plain = ours_and_plain(case)
+                pairs = []
+                for i in range(args.rounds + 1):  # the first round warms up
+                    torch.set_float32_matmul_precision(precision)
+                    mine = seconds(ours, 25)
+                    torch.set_float32_matmul_precision("highest")  # the plain form is always full float32
+                    pairs += [(mine, seconds(plain, 25))] if i else []
+                mine, theirs = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
+                ratio = statistics.median(a / b for a, b in pairs)
+                print(f"| {name} | {threads} | {precision} | {mine:.1f} | {theirs:.1f} | {ratio:.2f} |", flush=True)
+    torch.set_float32_matmul_precision("highest")
+    if not args.train_steps:
+        return
+    print("\n| whole training | threads | ours, steps/s | plain, steps/s | time, ours / plain |\n|---|---|---|---|---|")
+    for name, case in list(CASES.items())[:2]:
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            ours, plain = training(case, False), training(case, True)
+            pairs = [(seconds(ours, args.train_steps // 9), seconds(plain, args.train_steps // 9)) for _ in range(9)]
+            mine, theirs = (1 / statistics.median(column) for column in zip(*pairs, strict=True))
+            ratio = statistics.median(a / b for a, b in pairs)
+            print(f"| {name} | {threads} | {mine:.0f} | {theirs:.0f} | {ratio:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
