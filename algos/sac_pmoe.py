@@ -200,7 +200,7 @@ class Critic(nn.Module):
         x = torch.baddbmm(self.b1, obs.expand(2, -1, -1), self.w_obs)  # (2, B, H)
         if action.ndim == 3:
             x = x.repeat_interleave(action.shape[1], dim=1)  # (2, B K, H)
-        x = torch.baddbmm(x, action.flatten(0, -2).expand(2, -1, -1), self.w_action).relu_()
+        x = x.baddbmm_(action.flatten(0, -2).expand(2, -1, -1), self.w_action).relu_()
         x = torch.baddbmm(self.b2, x, self.w2).relu_()
         return torch.baddbmm(self.b3, x, self.w3).view(2, *action.shape[:-1])
 
