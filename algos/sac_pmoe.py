@@ -16,7 +16,15 @@ What differs from sac.py:
 4. Gate's loss (frequency approximate gradient): w is pulled to the one-hot of the best expert, hence to the frequency
    with which each expert is the best. It is detached from the trunk.
 Where this differs from the paper or the authors' code:
-WIP
+1. Only the best action goes through the critics with gradients; the K-fold pass that finds it has none. Same gradient.
+2. The gate sees detached features, as in the authors' release; their older code did not detach them, and a co-author's
+   later scripts feed the raw state. Its loss is the mean over K; an earlier commit of the release sums.
+3. Deterministic evaluation acts by the mean of the likeliest expert (ours); the release draws k ~ w, acts tanh(mu_k).
+4. --selection (ours). The paper picks the best expert by the drawn actions that it then learns from. That raises
+   E[max_k Q(s, a_k)], which grows with every sigma_k, although the agent acts by one draw and not by the best of K: the
+   experts stay wide while the temperature sinks. `means` picks it by Q(s, tanh(mu_k)), `fresh` by draws of its own;
+   neither rewards noise. `draws` is the paper's form. results/README.md has the measurement.
+5. The temperature starts at --alpha-init 0.1, not 1 (as in sac.py).
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """
 
@@ -51,9 +59,9 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Args:
     # === shared: run arguments ===
-    env_id: str = "moe_envs:TargetReaching-v0?layout=fixed"  # Gymnasium id; its keyword arguments go after a "?"
+    env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10"  # Gymnasium id, arguments after "?"
     seed: int = 1  # seed of everything random
-    total_timesteps: int = 50_000  # environment steps
+    total_timesteps: int = 30_000  # environment steps
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to continue from its last checkpoint
     evaluate: str | None = None  # folder of a run to evaluate instead of training
@@ -66,17 +74,18 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
     # === end shared ===
     # === shared: sac arguments ===
-    learning_starts: int = 5_000  # uniformly random steps before the first update
+    learning_starts: int = 1_000  # uniformly random steps before the first update
     buffer_size: int = 1_000_000  # transitions kept for replay
     batch_size: int = 256  # transitions per update
     gamma: float = 0.99  # discount
     tau: float = 0.005  # share of the critic that its target takes over per update
     policy_lr: float = 3e-4  # Adam's step size for the actor
     q_lr: float = 3e-4  # Adam's step size for the critics and the temperature
+    alpha_init: float = 0.1  # temperature at the start; see the docstring
     # === end shared ===
     num_experts: int = 4  # K; the paper's Fig. 1: HalfCheetah 2, Humanoid and HumanoidStandup 10
     primitive_update: Literal["max", "all"] = "max"  # back-propagation-max, or -all: every expert learns
-    selection: Literal["draws", "fresh", "means"] = "draws"  # the best expert is chosen by: see update()
+    selection: Literal["draws", "fresh", "means"] = "means"  # the best expert is chosen by: see update()
 
 
 # === shared: environment ===
@@ -278,7 +287,7 @@ class Agent(nn.Module):
         self.actor = Actor(obs_dim, action_dim, args)
         self.critic = Critic(obs_dim, action_dim)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
-        self.log_alpha = nn.Parameter(torch.zeros(()))
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha_init)))
         self.target_entropy = -float(action_dim)
         self.to(args.device)
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True)
@@ -431,6 +440,18 @@ def load_run(flag: str, folder: str, name: str, device: str) -> tuple[Args, dict
         fail(f"{flag} {folder}: no readable run.json and {name} there ({type(error).__name__}: {str(error)[:80]})")
 
 
+def resume_run(args: Args) -> tuple[Args, dict]:
+    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer."""
+    saved, checkpoint = load_run("--resume", args.resume, "checkpoint.pt", args.device)
+    for field in dataclasses.fields(Args):
+        given = getattr(args, field.name)
+        if field.name == "total_timesteps" and given != field.default:
+            saved = dataclasses.replace(saved, total_timesteps=given)
+        elif field.name != "resume" and given not in (field.default, getattr(saved, field.name)):
+            fail(f"--{field.name.replace('_', '-')} {given}: cannot change in a run that is resumed; leave it out")
+    return saved, checkpoint
+
+
 def write(path: Path, data: bytes | dict):
     """Writes a file (a dict by torch.save) under a temporary name first, so that `path` is never half-written."""
     temporary = path.with_name(path.name + ".tmp")
@@ -521,21 +542,13 @@ def main(args: Args) -> Path:
     if args.evaluate:
         evaluate_run(args)
         return Path(args.evaluate)
-    checkpoint = None
+    run_dir, checkpoint = args.resume, None
     if args.resume:
-        saved, checkpoint = load_run("--resume", args.resume, "checkpoint.pt", args.device)
-        for field in dataclasses.fields(Args):  # a resumed run is the same run: it may only become longer
-            given = getattr(args, field.name)
-            fixed = field.name not in ("resume", "total_timesteps")
-            if fixed and given not in (field.default, getattr(saved, field.name)):
-                fail(f"--{field.name.replace('_', '-')} {given}: cannot change in a run that is resumed; leave it out")
-        if args.total_timesteps != Args.total_timesteps:
-            saved = dataclasses.replace(saved, total_timesteps=args.total_timesteps)
-        args, resumed_dir = saved, Path(args.resume)
+        args, checkpoint = resume_run(args)
     configure(args)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     check_memory(args, env)
-    run_dir = resumed_dir if checkpoint else new_run_dir(args)
+    run_dir = Path(run_dir) if checkpoint else new_run_dir(args)
 
     torch.manual_seed(args.seed)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
