@@ -513,24 +513,25 @@ def evaluate_run(args: Args) -> dict:
     saved, model = load_run("--evaluate", args.evaluate, "model.pt", args.device)
     run = dataclasses.replace(saved, eval_episodes=args.eval_episodes, device=args.device)
     configure(run)
-    env = make_env(run.env_id, render_mode="rgb_array" if args.video else None)
+    env = make_env(run.env_id)
     agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], run)
     agent.load_state_dict(model["agent"])
-    frames = [] if args.video else None
-    result = {
-        "deterministic": evaluate(agent, env, run, "deterministic", model["global_step"], frames),
-        "stochastic": evaluate(agent, env, run, "stochastic", model["global_step"]),
-    }
+    step = model["global_step"]
+    result = {policy: evaluate(agent, env, run, policy, step) for policy in ("deterministic", "stochastic")}
     text = json.dumps(result, indent=1)
     write(Path(args.evaluate) / "evaluation.json", text.encode())
     print(text)
-    if frames:
-        import imageio  # comes with gymnasium[mujoco]
+    if args.video:
+        path, frames = Path(args.evaluate) / "video.gif", []
+        try:
+            import imageio  # comes with gymnasium[mujoco]
 
-        imageio.mimsave(
-            Path(args.evaluate) / "video.gif", frames, duration=1000 / env.metadata.get("render_fps", 30), loop=0
-        )
-        print(f"video of the first deterministic episode: {Path(args.evaluate) / 'video.gif'}")
+            env = make_env(run.env_id, render_mode="rgb_array")
+            evaluate(agent, env, dataclasses.replace(run, eval_episodes=1), "deterministic", step, frames)
+            imageio.mimsave(path, frames, duration=1000 / env.metadata.get("render_fps", 30), loop=0)
+        except Exception as error:  # no display, no OpenGL, a missing package: every renderer has its own errors
+            fail(f"--video: cannot draw {run.env_id} here ({error}); without a display, MuJoCo wants MUJOCO_GL=egl")
+        print(f"the first deterministic episode: {path}")
     return result
 
 

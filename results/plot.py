@@ -35,7 +35,7 @@ NOTES = {
     "TargetReaching-v0-fixed": """
 The layout and the start never change and nothing in the environment is random: the ten deterministic episodes of one
 evaluation are one episode, and a seed's deterministic success is 0 or 1. The return alone misleads: flying about for
-300 steps pays up to 42 without any risk, reaching the target pays 100, an obstacle costs 100 and the wall 10.
+300 steps pays up to 42 without any risk, reaching the target pays 100, an obstacle or the wall costs 10.
 """,
     "HalfCheetah-v5": """
 **Published SAC on HalfCheetah.** None of these rows is at the step count of our runs, so none of them is a target to

@@ -88,7 +88,7 @@ def test_saved_model_evaluates_as_in_training(script, finished, capsys):
 def test_video(script, tmp_path):
     env_id = "moe_envs:TargetReaching-v0?layout=fixed"
     run = train(script, tmp_path / "run", env_id=env_id, total_timesteps=20, eval_episodes=1)
-    script.main(script.Args(evaluate=str(run), eval_episodes=1, video=True))
+    script.main(script.Args(evaluate=str(run), eval_episodes=2, video=True))
     assert (run / "video.gif").read_bytes().startswith(b"GIF89a")
 
 
@@ -186,6 +186,13 @@ def test_broken_checkpoint_is_an_error_and_nothing_is_touched(script, finished, 
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "--resume" in error and "checkpoint.pt" in error
     assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_video_that_cannot_be_drawn_is_an_error(script, finished, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pygame", None)  # Pendulum draws with it
+    with pytest.raises(SystemExit) as stop:
+        script.main(script.Args(evaluate=str(finished), eval_episodes=1, video=True))
+    assert stop.value.code == 2 and "--video" in capsys.readouterr().err and not (finished / "video.gif").exists()
 
 
 WRONG = {
