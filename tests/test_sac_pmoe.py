@@ -136,7 +136,7 @@ def test_all_experts_learn_in_back_propagation_all(pmoe, same_noise):
 
 def test_gate_loss_reaches_the_gate_alone(pmoe, same_noise):
     """Another gate, hence another gate loss, changes no gradient outside the gate; and no loss but its own moves it."""
-    args = pmoe.Args(num_experts=4)
+    args = pmoe.Args(num_experts=4, selection="draws")
     agent, batch = pmoe.Agent(3, 2, args), make_batch(pmoe, 32)
     agent.critic_optimizer.param_groups[0]["lr"] = 0.0  # the draws of the target, and so the critic, depend on the gate
     other = deepcopy(agent)
@@ -187,7 +187,7 @@ class ActionIsValue(nn.Module):
 def gate_problem(pmoe):
     """(function of N that makes one update with N samples and returns the gate's gradient, actor, true p)."""
     mean, std = [0.2, -0.3], [0.8, 0.6]
-    args = pmoe.Args(num_experts=2, policy_lr=0.01, q_lr=1e-9)
+    args = pmoe.Args(num_experts=2, policy_lr=0.01, q_lr=1e-9, selection="draws")
     agent = pmoe.Agent(1, 1, args)
     agent.actor, agent.critic, agent.critic_target = FixedPrimitives(mean, std), ActionIsValue(), ActionIsValue()
     agent.critic_target.requires_grad_(False)
