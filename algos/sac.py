@@ -51,7 +51,7 @@ class Args:
     # === shared: run arguments ===
     env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10"  # Gymnasium id, arguments after "?"
     seed: int = 1  # seed of everything random
-    total_timesteps: int = 30_000  # environment steps
+    total_timesteps: int = 40_000  # environment steps
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to continue from its last checkpoint
     evaluate: str | None = None  # folder of a run to evaluate instead of training
@@ -60,7 +60,7 @@ class Args:
     eval_episodes: int = 10  # episodes per evaluation
     checkpoint_every: int = 10_000  # steps between checkpoints
     device: str = "cpu"  # cpu, cuda or cuda:N
-    num_threads: int = 1  # CPU threads of PyTorch
+    num_threads: int = 2  # CPU threads of PyTorch; 1 where several runs share the cores
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
     # === end shared ===
     # === shared: sac arguments ===

@@ -32,17 +32,17 @@ class Suite(NamedTuple):
 
 TARGET_REACHING = "TargetReaching-v0-fixed"  # the default task of the scripts
 HALFCHEETAH = "--env-id HalfCheetah-v5 --total-timesteps 100000 --eval-every 10000"
-HALFCHEETAH += " --learning-starts 5000 --alpha-init 1"  # the usual settings of SAC
+HALFCHEETAH += " --learning-starts 5000 --alpha-init 1 --num-threads 1"  # the usual settings of SAC
 SUITES = {
     "target-reaching": Suite(
         TARGET_REACHING,
-        "--eval-every 2500",
+        "--eval-every 2500 --num-threads 1",
         range(1, 6),
         {"sac": "sac", "sac_pmoe": "sac_pmoe", "sac_pmoe-all": "sac_pmoe --primitive-update all"},
     ),
     "target-reaching-variants": Suite(
         TARGET_REACHING,
-        "--eval-every 2500",
+        "--eval-every 2500 --num-threads 1",
         range(1, 4),
         {
             "sac_pmoe-draws": "sac_pmoe --selection draws",  # the paper's form
