@@ -8,7 +8,7 @@ Run       python algos/sac.py                                 # target-reaching
 Resume    python algos/sac.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash: the same bits
 Evaluate  python algos/sac.py --evaluate runs/NAME --video    # deterministic and stochastic return, a GIF
 
-Where this differs from the paper or from CleanRL's script:
+Where this differs from the paper:
 1. Actions live in [-1, 1] (RescaleAction), so no action scale enters log pi; tanh's correction is in its stable form.
 2. Both critics are one batched network; in the actor's step their weights get no gradient. Same result, less work.
 3. Every episode is reset with its own seed, made from the run's seed and the episode's number. A checkpoint then needs
@@ -26,6 +26,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -51,7 +52,7 @@ class Args:
     # === shared: run arguments ===
     env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10"  # Gymnasium id, arguments after "?"
     seed: int = 1  # seed of everything random
-    total_timesteps: int = 40_000  # environment steps
+    total_timesteps: int | None = None  # environment steps (default: 40,000; with --resume those of that run)
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to continue from its last checkpoint
     evaluate: str | None = None  # folder of a run to evaluate instead of training
@@ -65,7 +66,7 @@ class Args:
     # === end shared ===
     # === shared: sac arguments ===
     learning_starts: int = 1_000  # uniformly random steps before the first update
-    buffer_size: int = 1_000_000  # transitions kept for replay
+    buffer_size: int = 1_000_000  # rows of replay: a transition takes one, the end of an episode another
     batch_size: int = 256  # transitions per update
     gamma: float = 0.99  # discount
     tau: float = 0.005  # share of the critic that its target takes over per update
@@ -83,7 +84,10 @@ def fail(message: str):
 
 
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """`id?key=value&key=value` -> environment with a flat Box observation and actions in [-1, 1]^A."""
+    """`id?key=value&key=value` -> environment with a flat Box observation and actions in [-1, 1]^A.
+
+    When an episode ends, info["episode"] has its return "r" and its length "l".
+    """
     name, _, query = env_id.partition("?")
     try:
         kwargs = dict(pair.split("=", 1) for pair in query.split("&") if pair)
@@ -93,15 +97,15 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             except (ValueError, SyntaxError):
                 pass  # a plain word stays a string
         env = gym.make(name, **kwargs, **({"render_mode": render_mode} if render_mode else {}))
-    except (gym.error.Error, ImportError, TypeError, ValueError) as error:
-        hint = " (in the repository: pip install -e .)" if isinstance(error, ImportError) else ""
-        fail(f"--env-id {env_id}: {str(error).strip().splitlines()[0]}{hint}")
+    except Exception as error:  # whatever the environment's own code raises
+        hint = " (moe_envs: pip install -e . in the repository)" if isinstance(error, ImportError) else ""
+        fail(f"--env-id {env_id}: {(str(error).strip() or type(error).__name__).splitlines()[0]}{hint}")
     for role, space in (("action", env.action_space), ("observation", env.observation_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             fail(f"--env-id {env_id}: needs a flat Box {role} space such as Pendulum-v1's, this one has {space}")
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         fail(f"--env-id {env_id}: action bounds must be finite to be rescaled to [-1, 1], they are {env.action_space}")
-    return gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), np.float32(-1), np.float32(1))
 
 
 def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
@@ -123,7 +127,7 @@ class ReplayBuffer:
     """Ring of rows on the training device: obs_i, action_i, reward_i, terminated_i; next_obs_i is obs_{i+1}.
 
     So each observation is stored once. The last observation of an episode takes a row that starts no transition:
-    `starts`, a ring on the CPU, lists the rows that do, oldest first. One transition takes 4 (O + A + 2) + 8 bytes.
+    `starts`, a ring on the CPU, lists the rows that do, oldest first. One row takes 4 (O + A + 2) + 8 bytes.
     """
 
     def __init__(self, rows: int, obs_dim: int, action_dim: int, device: torch.device):
@@ -156,8 +160,9 @@ class ReplayBuffer:
         return Batch(*data, self.obs[(rows + 1) % len(self.obs)])
 
     def state_dict(self) -> dict:
-        tensors = {k: getattr(self, k)[: self.filled] for k in ("obs", "action", "reward", "terminated", "starts")}
-        return tensors | {k: getattr(self, k) for k in ("row", "first", "count", "filled")}
+        """The rows in use, as copies where a view would drag the empty rows into the file."""
+        full = self.filled == len(self.obs)
+        return {k: v[: self.filled].clone() if torch.is_tensor(v) and not full else v for k, v in vars(self).items()}
 
     def load_state_dict(self, state: dict):
         for key, value in state.items():
@@ -184,12 +189,8 @@ class Critic(nn.Module):
 
         fan_in = obs_dim + action_dim
         self.w_obs, self.w_action = uniform(fan_in, obs_dim, hidden), uniform(fan_in, action_dim, hidden)
-        self.b1, self.w2, self.b2 = (
-            uniform(fan_in, 1, hidden),
-            uniform(hidden, hidden, hidden),
-            uniform(hidden, 1, hidden),
-        )
-        self.w3, self.b3 = uniform(hidden, hidden, 1), uniform(hidden, 1, 1)
+        self.b1, self.w2 = uniform(fan_in, 1, hidden), uniform(hidden, hidden, hidden)
+        self.b2, self.w3, self.b3 = uniform(hidden, 1, hidden), uniform(hidden, hidden, 1), uniform(hidden, 1, 1)
 
     def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """obs (B, O); action (B, A) or, for K actions per state, (B, K, A) -> Q (2, B) or (2, B, K)."""
@@ -256,12 +257,11 @@ class Agent(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.alpha_init)))
         self.target_entropy = -float(action_dim)
         self.to(args.device)
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.q_lr, fused=True)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.q_lr, fused=True)
-
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
+        adam = {"fused": True, "capturable": args.device.startswith("cuda")}  # a CUDA graph could record the step
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, **adam)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.q_lr, **adam)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.q_lr, **adam)
+        self.optimizers = [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
 
 
 def descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer):
@@ -315,11 +315,14 @@ def check(args: Args):
         value = getattr(args, field.name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             low, high = LIMITS.get(field.name, (1 if isinstance(value, int) else 1e-9, math.inf))
-            if not low <= value <= high:
+            if not low <= value <= high or value == math.inf:
                 fail(f"--{field.name.replace('_', '-')} {value}: must lie between {low} and {high}")
     if args.video and not args.evaluate:
         fail("--video: goes with --evaluate RUN_DIR")
+    if args.resume and args.evaluate:
+        fail("--resume: cannot go with --evaluate; resume first")
     try:
+        assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}; --device cpu always works")
@@ -348,18 +351,26 @@ def describe(args: Args) -> dict:
     """What has to be known to repeat the run: for run.json."""
 
     def git(*command):
-        result = subprocess.run(["git", "-C", Path(__file__).parent, *command], capture_output=True, text=True)
-        return result.stdout.strip() if result.returncode == 0 else None
+        try:
+            command = ["git", "-C", Path(__file__).parent, *command]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or not in a repository
+            return None
 
-    packages = ("torch", "numpy", "gymnasium", "mujoco")
-    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    versions |= {"gymnasium": gym.__version__, "mujoco": None}
+    try:
+        versions["mujoco"] = importlib.metadata.version("mujoco")
+    except importlib.metadata.PackageNotFoundError:
+        pass
     return {
         "script": SCRIPT,
-        "command": " ".join(["python", *sys.argv]),
+        "command": shlex.join(["python", *sys.argv]),
         "args": dataclasses.asdict(args),
         "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
-        "versions": {"python": platform.python_version()} | {p: installed.get(p) for p in packages},
+        "dirty": None if changes is None else bool(changes),
+        "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
@@ -369,36 +380,45 @@ def new_run_dir(args: Args) -> Path:
     env_name = args.env_id.split(":")[-1].translate(str.maketrans("?&=/", "----"))
     default = f"runs/{env_name}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = Path(args.run_dir or default)
-    if any((run_dir / name).exists() for name in ("run.json", "checkpoint.pt", "eval.csv")):
+    if any((run_dir / name).exists() for name in ("checkpoint.pt", "eval.csv")):
         fail(f"--run-dir {run_dir}: holds another run; choose an empty folder, or continue it with --resume {run_dir}")
+    run = json.dumps(describe(args), indent=1).encode()
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        write(run_dir / "run.json", json.dumps(describe(args), indent=1).encode())
+        write(run_dir / "run.json", run)
     except OSError as error:
         fail(f"--run-dir {run_dir}: {error.strerror}; choose a folder that can be written")
     return run_dir
 
 
-def load_run(flag: str, folder: str, name: str, device: str) -> tuple[Args, dict]:
-    """Arguments and `name` (model.pt or checkpoint.pt) of a saved run."""
+def load_run(flag: str, folder: str, name: str) -> tuple[Args, dict]:
+    """Arguments and content of `name` (model.pt or checkpoint.pt) of a saved run, on the CPU."""
     try:
-        run = json.loads((Path(folder) / "run.json").read_text())
-        if run["script"] != SCRIPT:
-            fail(f"{flag} {folder}: this run was made by {run['script']}.py; use that script")
-        return Args(**run["args"]), torch.load(Path(folder) / name, map_location=device, weights_only=True)
+        saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
+        if saved["script"] != SCRIPT:
+            fail(f"{flag} {folder}: this run was made by {saved['script']}.py; use that script")
+        return Args(**saved["args"]), saved
     except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
-        fail(f"{flag} {folder}: no readable run.json and {name} there ({type(error).__name__}: {str(error)[:80]})")
+        fail(f"{flag} {folder}: no readable {name} there ({type(error).__name__}: {str(error).splitlines()[0][:80]})")
 
 
 def resume_run(args: Args) -> tuple[Args, dict]:
-    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer."""
-    saved, checkpoint = load_run("--resume", args.resume, "checkpoint.pt", args.device)
+    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer.
+
+    A flag that has its default value counts as not given.
+    """
+    saved, checkpoint = load_run("--resume", args.resume, "checkpoint.pt")
     for field in dataclasses.fields(Args):
         given = getattr(args, field.name)
-        if field.name == "total_timesteps" and given != field.default:
+        if field.name == "total_timesteps" and given:
+            if given < checkpoint["global_step"]:
+                fail(f"--total-timesteps {given}: the run is at step {checkpoint['global_step']} already; give more")
             saved = dataclasses.replace(saved, total_timesteps=given)
         elif field.name != "resume" and given not in (field.default, getattr(saved, field.name)):
             fail(f"--{field.name.replace('_', '-')} {given}: cannot change in a run that is resumed; leave it out")
+    if not os.access(args.resume, os.W_OK):
+        fail(f"--resume {args.resume}: cannot write there; copy the folder to where you can")
+    check(saved)
     return saved, checkpoint
 
 
@@ -411,8 +431,9 @@ def write(path: Path, data: bytes | dict):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    finally:
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
+        raise OSError(getattr(error, "errno", None), f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def write_eval(run_dir: Path, rows: list[dict]):
@@ -438,29 +459,25 @@ def evaluate(agent: Agent, env: gym.Env, args: Args, policy: str, global_step: i
     Own environment and seeds, and the random state is put back afterwards: training is the same with and without it.
     """
     function = agent.actor.mode if policy == "deterministic" else lambda obs: agent.actor.sample(obs)[0]
-    returns, lengths, successes = [], [], []
-    with torch.random.fork_rng():
+    results = []
+    with torch.random.fork_rng([args.device] if args.device.startswith("cuda") else []):
         torch.manual_seed(args.seed)
         for episode in range(args.eval_episodes):
-            obs, info = env.reset(seed=episode_seed(args.seed, episode, evaluation=True))
-            rewards, done = [], False
+            (obs, _), done = env.reset(seed=episode_seed(args.seed, episode, evaluation=True)), False
             while not done:
-                obs, reward, terminated, truncated, info = env.step(act(function, np.float32(obs), args.device))
-                rewards.append(float(reward))
+                obs, _, terminated, truncated, info = env.step(act(function, np.float32(obs), args.device))
                 done = terminated or truncated
-                if frames is not None and episode == 0:
+                if frames is not None:
                     frames.append(env.render())
-            returns.append(sum(rewards))
-            lengths.append(len(rewards))
-            successes.append(info.get("success", math.nan))
-    values = (np.mean(returns), np.std(returns), np.mean(lengths), np.mean(successes))
-    row = (global_step, policy, args.eval_episodes, *(round(float(v), 4) for v in values))
+            results.append((info["episode"]["r"], info["episode"]["l"], info.get("success", math.nan)))
+    (mean, length, success), std = np.mean(results, axis=0), np.std(results, axis=0)[0]
+    row = (global_step, policy, args.eval_episodes, *(round(float(v), 4) for v in (mean, std, length, success)))
     return dict(zip(EVAL_COLUMNS, row, strict=True))
 
 
-def evaluate_run(args: Args) -> dict:
+def evaluate_run(args: Args) -> Path:
     """Evaluates the run in folder `args.evaluate`, prints the result and writes it there as evaluation.json."""
-    saved, model = load_run("--evaluate", args.evaluate, "model.pt", args.device)
+    saved, model = load_run("--evaluate", args.evaluate, "model.pt")
     run = dataclasses.replace(saved, eval_episodes=args.eval_episodes, device=args.device)
     configure(run)
     env = make_env(run.env_id)
@@ -468,9 +485,13 @@ def evaluate_run(args: Args) -> dict:
     agent.load_state_dict(model["agent"])
     step = model["global_step"]
     result = {policy: evaluate(agent, env, run, policy, step) for policy in ("deterministic", "stochastic")}
+    result = {policy: {k: None if v != v else v for k, v in row.items()} for policy, row in result.items()}  # no NaN
     text = json.dumps(result, indent=1)
-    write(Path(args.evaluate) / "evaluation.json", text.encode())
     print(text)
+    try:
+        write(Path(args.evaluate) / "evaluation.json", text.encode())
+    except OSError as error:
+        fail(f"--evaluate {args.evaluate}: {error}")
     if args.video:
         path, frames = Path(args.evaluate) / "video.gif", []
         try:
@@ -482,7 +503,7 @@ def evaluate_run(args: Args) -> dict:
         except Exception as error:  # no display, no OpenGL, a missing package: every renderer has its own errors
             fail(f"--video: cannot draw {run.env_id} here ({error}); without a display, MuJoCo wants MUJOCO_GL=egl")
         print(f"the first deterministic episode: {path}")
-    return result
+    return Path(args.evaluate)
 
 
 # === end shared ===
@@ -491,11 +512,12 @@ def main(args: Args) -> Path:
     """Trains (or resumes, or evaluates) one agent and returns the folder of its run."""
     check(args)
     if args.evaluate:
-        evaluate_run(args)
-        return Path(args.evaluate)
+        return evaluate_run(args)
     run_dir, checkpoint = args.resume, None
     if args.resume:
         args, checkpoint = resume_run(args)
+    elif args.total_timesteps is None:
+        args = dataclasses.replace(args, total_timesteps=40_000)
     configure(args)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     check_memory(args, env)
@@ -505,43 +527,44 @@ def main(args: Args) -> Path:
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
     agent = Agent(obs_dim, action_dim, args)
     buffer = ReplayBuffer(args.buffer_size + 1, obs_dim, action_dim, torch.device(args.device))
-    start_step = global_step = episode = 0
-    episode_actions, eval_rows, earlier_time = [], [], 0.0
-    if checkpoint:
-        agent.load_state_dict(checkpoint["agent"])
-        for optimizer, state in zip(agent.optimizers(), checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        buffer.load_state_dict(checkpoint["buffer"])
-        start_step = global_step = checkpoint["global_step"]
-        episode, eval_rows, earlier_time = checkpoint["episode"], checkpoint["eval_rows"], checkpoint["wall_time"]
-        episode_actions = list(checkpoint["episode_actions"].cpu().numpy())
-        write_eval(run_dir, eval_rows)
+    before = checkpoint or {"global_step": 0, "episode": 0, "actions": [], "eval_rows": [], "wall_time": 0.0}
+    start_step, episode, actions, eval_rows, earlier_time = (
+        before[key] for key in ("global_step", "episode", "actions", "eval_rows", "wall_time")
+    )
+    global_step, actions = start_step, [np.float32(action) for action in actions]  # actions of the running episode
     obs, _ = env.reset(seed=episode_seed(args.seed, episode))
-    episode_return = 0.0
-    for action in episode_actions:
-        obs, reward, *_ = env.step(action)
-        episode_return += float(reward)
-    obs = np.float32(obs)
+    for action in actions:
+        obs, *_ = env.step(action)
+    obs = np.array(obs, np.float32)
     if checkpoint:
-        if not np.array_equal(obs, checkpoint["obs"].cpu().numpy()):
+        if not np.array_equal(obs, checkpoint["obs"].numpy()):
             fail(f"--resume {run_dir}: {args.env_id} does not repeat its own episode, an exact resume is impossible")
-        torch.set_rng_state(checkpoint["rng"].cpu())
+        agent.load_state_dict(checkpoint["agent"])
+        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        buffer.load_state_dict(checkpoint.pop("buffer"))
+        torch.set_rng_state(checkpoint["rng"])
         if args.device.startswith("cuda"):
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu(), args.device)
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], args.device)
+        if global_step < args.total_timesteps:  # made longer: what was its end is not one any more
+            eval_rows = [
+                r for r in eval_rows if r["policy"] == "deterministic" and r["global_step"] % args.eval_every == 0
+            ]
 
-    writer = SummaryWriter(run_dir, purge_step=start_step)
+    writer = SummaryWriter(run_dir, purge_step=start_step + 1)
     progress = tqdm(initial=start_step, total=args.total_timesteps, disable=not sys.stderr.isatty(), unit="step")
-    started, signals = time.time(), []
+    started, signals = time.perf_counter(), []
     handlers = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def save():
-        wall_time = earlier_time + time.time() - started
-        model = {"agent": agent.state_dict(), "global_step": global_step}
+        wall_time = earlier_time + time.perf_counter() - started
+        model = {"script": SCRIPT, "args": dataclasses.asdict(args), "global_step": global_step}
+        model["agent"] = agent.state_dict()
         state = {
-            "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers()],
-            "buffer": {k: v.clone() if torch.is_tensor(v) else v for k, v in buffer.state_dict().items()},
+            "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers],
+            "buffer": buffer.state_dict(),
             "episode": episode,
-            "episode_actions": torch.from_numpy(np.array(episode_actions, np.float32).reshape(-1, action_dim)),
+            "actions": [action.tolist() for action in actions],
             "obs": torch.from_numpy(obs),
             "eval_rows": eval_rows,
             "wall_time": wall_time,
@@ -551,36 +574,35 @@ def main(args: Args) -> Path:
             state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
         write(run_dir / "checkpoint.pt", model | state)
         write(run_dir / "model.pt", model)
-        timing = {"global_step": global_step, "wall_time": wall_time, "steps_per_second": global_step / wall_time}
-        run = json.loads((run_dir / "run.json").read_text()) | {"args": dataclasses.asdict(args)} | timing
+        write_eval(run_dir, eval_rows)
+        run = json.loads((run_dir / "run.json").read_text()) | {"args": model["args"], "global_step": global_step}
+        run |= {"wall_time": wall_time, "steps_per_second": global_step / wall_time}
         write(run_dir / "run.json", json.dumps(run, indent=1).encode())
 
     def stop(reason: str, code: int):
         progress.close()
-        print(f"{SCRIPT}.py: step {global_step}: {reason}; continue with --resume {run_dir}", file=sys.stderr)
+        print(f"{SCRIPT}.py: step {global_step}: {reason}", file=sys.stderr)
         raise SystemExit(code)
 
     try:
-        if not checkpoint:
-            save()  # from now on every run can be resumed
+        save()  # from now on the run can be resumed
         while global_step < args.total_timesteps:
             if global_step < args.learning_starts:
                 action = torch.rand(action_dim).mul(2).sub(1).numpy()
             else:
                 action = act(lambda x: agent.actor.sample(x)[0], obs, args.device)
             if not np.isfinite(action).all():
-                stop(f"the policy's action is {action}, the training has diverged", 1)
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-            next_obs, done = np.float32(next_obs), terminated or truncated
+                stop(f"the policy's action is {action}, the training has diverged; {run_dir} keeps its checkpoint", 1)
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            next_obs, terminated, done = np.array(next_obs, np.float32), bool(terminated), bool(terminated or truncated)
             buffer.add(obs, action, float(reward), terminated, next_obs, done)
+            actions.append(action)
             obs, global_step = next_obs, global_step + 1
-            episode_actions.append(action)
-            episode_return += float(reward)
             if done:
-                writer.add_scalar("charts/episodic_return", episode_return, global_step)
-                writer.add_scalar("charts/episodic_length", len(episode_actions), global_step)
-                episode, episode_actions, episode_return = episode + 1, [], 0.0
-                obs = np.float32(env.reset(seed=episode_seed(args.seed, episode))[0])
+                writer.add_scalar("charts/episodic_return", info["episode"]["r"], global_step)
+                writer.add_scalar("charts/episodic_length", info["episode"]["l"], global_step)
+                episode, actions = episode + 1, []
+                obs = np.array(env.reset(seed=episode_seed(args.seed, episode))[0], np.float32)
 
             # one critic, one actor and one temperature step per environment step
             if global_step >= args.learning_starts:
@@ -588,39 +610,39 @@ def main(args: Args) -> Path:
                 losses = update(agent, batch, args)
             progress.update()
 
-            last = global_step == args.total_timesteps
+            last, interrupted = global_step == args.total_timesteps, bool(signals)
             evaluate_now = last or global_step % args.eval_every == 0
-            save_now = global_step % args.checkpoint_every == 0 or signals
-            speed = (global_step - start_step) / (time.time() - started)
+            save_now = interrupted or global_step % args.checkpoint_every == 0
+            speed = (global_step - start_step) / (time.perf_counter() - started)
             if global_step >= args.learning_starts and (global_step % 1000 == 0 or evaluate_now or save_now):
                 metrics = {"charts/SPS": speed}
-                for key, value in (losses | agent.actor.diagnostics(batch.obs)).items():
-                    if value.ndim:  # one number per expert
-                        metrics |= {f"{key}_{k}": v for k, v in enumerate(value.tolist())}
-                    else:
-                        metrics[key] = value.item()
+                for key, value in (losses | agent.actor.diagnostics(batch.obs)).items():  # a number, or one per expert
+                    metrics |= {key + f"_{k}" * value.ndim: v for k, v in enumerate(value.flatten().tolist())}
                 for key, value in metrics.items():
                     if not math.isfinite(value):
-                        stop(f"{key} is {value}, the training has diverged", 1)
+                        stop(f"{key} is {value}, the training has diverged; {run_dir} keeps its checkpoint", 1)
                     writer.add_scalar(key, value, global_step)
             if evaluate_now:
                 for policy in ("deterministic", "stochastic")[: 1 + last]:
                     row = evaluate(agent, eval_env, args, policy, global_step)
                     eval_rows.append(row)
-                    suffix = "" if policy == "deterministic" else "_stochastic"
-                    writer.add_scalar(f"eval/return{suffix}", row["return"], global_step)
-                    writer.add_scalar(f"eval/success{suffix}", row["success"], global_step)
-                    text = f"{policy} return {row['return']:.1f}, success {row['success']:.2f}"
+                    text = f"{policy} return {row['return']:.1f}"
+                    for key in ("return", "success"):
+                        if math.isfinite(row[key]):  # not every environment knows success
+                            tag = f"eval/{key}" + "_stochastic" * (policy == "stochastic")
+                            writer.add_scalar(tag, row[key], global_step)
+                            text += f", success {row[key]:.2f}" * (key == "success")
                     progress.write(f"step {global_step}/{args.total_timesteps}: {text}, {speed:.0f} steps/s")
                     progress.set_postfix_str(text)
                 write_eval(run_dir, eval_rows)
             if save_now:
                 save()
-            if signals:
-                stop(f"{signal.Signals(signals[0]).name}, checkpoint written", 128 + signals[0])
+            if interrupted:
+                name = signal.Signals(signals[0]).name
+                stop(f"{name}, checkpoint written; continue with --resume {run_dir}", 128 + signals[0])
         save()
     except OSError as error:
-        stop(f"cannot write to {run_dir} ({error}); the last checkpoint stands", 1)
+        stop(f"{error}; what was saved last stands: free space, then --resume {run_dir}", 1)
     finally:
         progress.close()
         writer.close()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def make_batch(module, batch_size=16, obs_dim=3, action_dim=2, seed=0):
@@ -164,8 +165,27 @@ def test_probe_value_of_a_terminal_and_of_a_truncated_transition(script, termina
     assert q.detach().numpy() == pytest.approx(value, abs=0.1)
 
 
+class NoSynchronisation(TorchDispatchMode):
+    """Raises where a number goes from the device to Python."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert "_local_scalar_dense" not in str(func), "update() waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+def test_update_does_not_synchronise(script):
+    args = script.Args()
+    agent = script.Agent(3, 2, args)
+    agent.critic_optimizer.step = agent.actor_optimizer.step = agent.alpha_optimizer.step = lambda: None  # not ours
+    with NoSynchronisation():
+        script.update(agent, make_batch(script), args)
+
+
 class TwoSteps(gym.Env):
-    """Observation = number of the step; ends after two steps, by termination or by its own truncation."""
+    """Observation = number of the step; ends after two steps, by termination or by its own truncation.
+
+    As awkward as is allowed: one float32 array that it changes in place, NumPy booleans, an integer reward.
+    """
 
     observation_space = gym.spaces.Box(-10, 10, (1,))
     action_space = gym.spaces.Box(-2, 2, (1,))
@@ -175,13 +195,13 @@ class TwoSteps(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.t = 0
-        return np.zeros(1), {}
+        self.t = np.zeros(1, np.float32)
+        return self.t, {}
 
     def step(self, action):
         self.t += 1
-        end = self.t == 2
-        return np.full(1, self.t), 1.0, end and self.terminates, end and not self.terminates, {}
+        end = self.t[0] == 2
+        return self.t, 1, end & self.terminates, end & (not self.terminates), {}
 
 
 @pytest.mark.parametrize("terminates", [True, False])
@@ -196,3 +216,5 @@ def test_loop_stores_terminated_and_the_last_observation(script, terminates, tmp
     assert saved["obs"][rows, 0].tolist() == [0.0, 1.0] * 20
     assert saved["obs"][rows + 1, 0].tolist() == [1.0, 2.0] * 20
     assert saved["terminated"][rows].tolist() == [0.0, float(terminates)] * 20
+    script.main(script.Args(resume=str(tmp_path / "run"), total_timesteps=50))
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["buffer"]["count"] == 50

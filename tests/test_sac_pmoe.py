@@ -90,10 +90,11 @@ def gradients_of_update(pmoe, agent, batch, args, rewind):
     return {name: p.grad.clone() for name, p in agent.actor.named_parameters()}, actor
 
 
+@pytest.mark.parametrize("selection", ["draws", "fresh", "means"])
 @pytest.mark.parametrize("primitive_update", ["max", "all"])
-def test_fast_form_has_the_gradients_of_the_plain_form(pmoe, same_noise, primitive_update):
+def test_fast_form_has_the_gradients_of_the_plain_form(pmoe, same_noise, primitive_update, selection):
     """Plain form: all K actions through both critics with gradients, the gate's and the actor's loss in one sum."""
-    args = pmoe.Args(num_experts=4, primitive_update=primitive_update, selection="draws")
+    args = pmoe.Args(num_experts=4, primitive_update=primitive_update, selection=selection)
     agent, batch = pmoe.Agent(3, 2, args), make_batch(pmoe, 32)
     alpha = agent.log_alpha.detach().exp()
     fast, actor = gradients_of_update(pmoe, agent, batch, args, same_noise)
@@ -102,12 +103,16 @@ def test_fast_form_has_the_gradients_of_the_plain_form(pmoe, same_noise, primiti
     torch.randn_like(batch.action)  # the draw of the critic's target
     mean, log_std, w = actor(batch.obs)
     u = mean + log_std.exp() * torch.randn_like(mean)
+    judged = mean if selection == "means" else u
+    best = agent.critic(batch.obs, judged.tanh()).amin(0).argmax(1)  # the critic as it was in the actor's step
+    if selection == "fresh":
+        u = mean + log_std.exp() * torch.randn_like(mean)
     density = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
     log_prob = density.log_prob(density.transforms[0](u)).sum(-1)
-    q = agent.critic(batch.obs, u.tanh()).amin(0)  # (B, K), the critic as it was in the actor's step
-    best_q, best = q.max(1)
+    q = agent.critic(batch.obs, u.tanh()).amin(0)  # (B, K)
     if primitive_update == "max":
-        loss = (alpha * log_prob[torch.arange(32), best] - best_q).mean()
+        rows = torch.arange(32)
+        loss = (alpha * log_prob[rows, best] - q[rows, best]).mean()
     else:
         loss = (alpha * log_prob - q).sum(1).mean()
     loss = loss + F.mse_loss(w, F.one_hot(best, 4).float())

@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ALGOS, SCRIPTS
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TINY = dict(env_id="Pendulum-v1", total_timesteps=250, learning_starts=150, batch_size=16, eval_every=125)
 TINY |= dict(eval_episodes=2, checkpoint_every=160, buffer_size=1000)
@@ -70,13 +72,14 @@ def test_files_of_a_run(script, finished):
         ["250", "deterministic", "2"],
         ["250", "stochastic", "2"],
     ]
+    assert not [field.name for field in fields(script.Args) if field.name not in run["args"]]
     names = {path.name.split(".")[0] for path in finished.iterdir()}
     assert names - {"evaluation"} == {"run", "eval", "checkpoint", "model", "events"}
 
 
 def test_saved_model_evaluates_as_in_training(script, finished, capsys):
     script.main(script.Args(evaluate=str(finished), eval_episodes=2))
-    printed = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # strict: no NaN
     assert printed == json.loads((finished / "evaluation.json").read_text())
     lines = (finished / "eval.csv").read_text().splitlines()
     for line in lines[-2:]:
@@ -114,8 +117,10 @@ def test_resume_after_kill_9_is_exact(script_name, tmp_path):
     assert (tmp_path / "whole" / "eval.csv").read_text() == (tmp_path / "killed" / "eval.csv").read_text()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_writes_a_checkpoint_and_resume_is_exact(script, finished, tmp_path, number, monkeypatch, capsys):
+@pytest.mark.parametrize(("number", "buffer_size"), [(signal.SIGINT, 1000), (signal.SIGTERM, 60)])
+def test_signal_writes_a_checkpoint_and_resume_is_exact(script, tmp_path, number, buffer_size, monkeypatch, capsys):
+    """Also where the replay has turned over and is shorter than the running episode."""
+    whole = train(script, tmp_path / "whole", buffer_size=buffer_size)
     update, calls = script.update, []
 
     def update_then_signal(*arguments):
@@ -126,13 +131,13 @@ def test_signal_writes_a_checkpoint_and_resume_is_exact(script, finished, tmp_pa
 
     monkeypatch.setattr(script, "update", update_then_signal)
     with pytest.raises(SystemExit) as stop:
-        train(script, tmp_path / "run")
+        train(script, tmp_path / "run", buffer_size=buffer_size)
     assert stop.value.code == 128 + number
     assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["global_step"] == 176
     script.main(script.Args(resume=str(tmp_path / "run")))
-    assert same(model(finished), model(tmp_path / "run"))
-    assert (finished / "eval.csv").read_bytes() == (tmp_path / "run" / "eval.csv").read_bytes()
+    assert same(model(whole), model(tmp_path / "run"))
+    assert (whole / "eval.csv").read_bytes() == (tmp_path / "run" / "eval.csv").read_bytes()
 
 
 def test_finished_run_can_be_made_longer(script, finished, tmp_path):
@@ -140,6 +145,8 @@ def test_finished_run_can_be_made_longer(script, finished, tmp_path):
     script.main(script.Args(resume=str(tmp_path / "run"), total_timesteps=280))
     whole = train(script, tmp_path / "whole", total_timesteps=280)
     assert same(model(whole), model(tmp_path / "run"))
+    assert (whole / "eval.csv").read_bytes() == (tmp_path / "run" / "eval.csv").read_bytes()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["args"]["total_timesteps"] == 280
 
 
 def test_divergence_stops_the_run_and_keeps_the_checkpoint(script, tmp_path, capsys):
@@ -150,23 +157,56 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(script, tmp_path, cap
     assert saved["global_step"] == 140 and all(v.isfinite().all() for v in saved["agent"].values())
 
 
-def test_full_disk_keeps_the_last_checkpoint(script, tmp_path, monkeypatch, capsys):
-    save = torch.save
+def test_full_disk_keeps_the_last_checkpoint(script, finished, tmp_path, monkeypatch, capsys):
+    """The limit of a file's size makes writing fail in the middle of torch.save, as a full disk does."""
+    size = (finished / "checkpoint.pt").stat().st_size
+    save, limits = torch.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def disk_full_after_the_second_checkpoint(data, file):
+    def less_space_after_the_second_checkpoint(data, file):
         if data["global_step"] > 160:
-            file.write(b"half a checkp")
-            raise OSError(28, "No space left on device")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
         save(data, file)
 
-    monkeypatch.setattr(torch, "save", disk_full_after_the_second_checkpoint)
-    with pytest.raises(SystemExit) as stop:
-        train(script, tmp_path / "run")
-    assert stop.value.code == 1 and "No space left on device" in capsys.readouterr().err
+    monkeypatch.setattr(torch, "save", less_space_after_the_second_checkpoint)
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train(script, tmp_path / "run")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "cannot write" in error and error.count("\n") == 1
     assert not list((tmp_path / "run").glob("*.tmp"))
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["global_step"] == 160
     monkeypatch.undo()
     script.main(script.Args(resume=str(tmp_path / "run")))
-    assert same(model(tmp_path / "run"), model(train(script, tmp_path / "whole")))
+    assert same(model(tmp_path / "run"), model(finished))
+
+
+def test_killed_before_the_first_checkpoint_the_folder_is_free(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "Agent", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(script, tmp_path / "run")
+    monkeypatch.undo()
+    train(script, tmp_path / "run", total_timesteps=20)
+
+
+def test_it_runs_without_git(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run = json.loads((train(script, tmp_path / "run", total_timesteps=20) / "run.json").read_text())
+    assert run["commit"] is None and run["dirty"] is None
+
+
+def test_tensorboard_has_the_curves_and_keeps_them_over_a_resume(script, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    script.main(script.Args(resume=str(tmp_path / "run"), total_timesteps=260))
+    events = EventAccumulator(str(tmp_path / "run")).Reload()
+    keys = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "eval/return", "eval/return_stochastic"}
+    keys |= {"losses/critic", "losses/actor", "losses/alpha", "policy/alpha", "policy/entropy"}
+    if script.SCRIPT == "sac_pmoe":
+        keys |= {"losses/gate", "moe/gate_entropy", "moe/expert_distance"}
+        keys |= {f"moe/{name}_{k}" for name in ("usage", "wins") for k in range(4)}
+    assert keys <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("eval/return")] == [125, 250, 260]
 
 
 def corrupt(folder):
@@ -210,6 +250,10 @@ WRONG = {
     "learning rate zero": (dict(q_lr=0.0), "--q-lr 0.0"),
     "learning rate nan": (dict(policy_lr=math.nan), "--policy-lr nan"),
     "buffer larger than memory": (dict(buffer_size=10**13), "--buffer-size 10000000000000"),
+    "learning rate infinite": (dict(q_lr=math.inf), "--q-lr inf"),
+    "device without memory": (dict(device="meta"), "--device meta"),
+    "resume and evaluate": (dict(resume="a", evaluate="a"), "--resume"),
+    "environment with a broken file": (dict(env_id="Ant-v5?xml_file=/no/file.xml"), "--env-id Ant-v5"),
     "no cuda here": (dict(device="cuda:99"), "--device cuda:99"),
     "unknown device": (dict(device="abacus"), "--device abacus"),
     "folder below a file": (dict(run_dir="/dev/null/run"), "--run-dir /dev/null/run"),
@@ -250,6 +294,9 @@ def test_resumed_run_cannot_change(script, finished, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main(script.Args(resume=str(finished), gamma=0.5))
     assert stop.value.code == 2 and "--gamma 0.5" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        script.main(script.Args(resume=str(finished), total_timesteps=10))
+    assert stop.value.code == 2 and "--total-timesteps 10" in capsys.readouterr().err
 
 
 def test_resuming_a_finished_run_changes_nothing(script, finished):
