@@ -67,6 +67,7 @@ class Args:
     # === shared: sac arguments ===
     learning_starts: int = 1_000  # uniformly random steps before the first update
     buffer_size: int = 1_000_000  # rows of replay: a transition takes one, the end of an episode another
+    update_every: int = 1  # environment steps per update
     batch_size: int = 256  # transitions per update
     gamma: float = 0.99  # discount
     tau: float = 0.005  # share of the critic that its target takes over per update
@@ -584,6 +585,7 @@ def main(args: Args) -> Path:
         print(f"{SCRIPT}.py: step {global_step}: {reason}", file=sys.stderr)
         raise SystemExit(code)
 
+    losses = {}
     try:
         save()  # from now on the run can be resumed
         while global_step < args.total_timesteps:
@@ -604,8 +606,7 @@ def main(args: Args) -> Path:
                 episode, actions = episode + 1, []
                 obs = np.array(env.reset(seed=episode_seed(args.seed, episode))[0], np.float32)
 
-            # one critic, one actor and one temperature step per environment step
-            if global_step >= args.learning_starts:
+            if global_step >= args.learning_starts and global_step % args.update_every == 0:
                 batch = buffer.sample(args.batch_size)
                 losses = update(agent, batch, args)
             progress.update()
@@ -614,7 +615,7 @@ def main(args: Args) -> Path:
             evaluate_now = last or global_step % args.eval_every == 0
             save_now = interrupted or global_step % args.checkpoint_every == 0
             speed = (global_step - start_step) / (time.perf_counter() - started)
-            if global_step >= args.learning_starts and (global_step % 1000 == 0 or evaluate_now or save_now):
+            if losses and (global_step % 1000 == 0 or evaluate_now or save_now):
                 metrics = {"charts/SPS": speed}
                 for key, value in (losses | agent.actor.diagnostics(batch.obs)).items():  # a number, or one per expert
                     metrics |= {key + f"_{k}" * value.ndim: v for k, v in enumerate(value.flatten().tolist())}

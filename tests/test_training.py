@@ -88,6 +88,14 @@ def test_saved_model_evaluates_as_in_training(script, finished, capsys):
         assert (str(result["return"]), str(result["length"])) == (row["return"], row["length"])
 
 
+@pytest.mark.parametrize(("update_every", "updates"), [(1, 31), (4, 8)])
+def test_updates_start_and_repeat_as_told(script, tmp_path, update_every, updates, monkeypatch):
+    update, calls = script.update, []
+    monkeypatch.setattr(script, "update", lambda *arguments: calls.append(1) or update(*arguments))
+    train(script, tmp_path / "run", total_timesteps=130, learning_starts=100, update_every=update_every)
+    assert len(calls) == updates  # after the steps 100, 101, ..., 130, or 100, 104, ..., 128
+
+
 def test_video(script, tmp_path):
     env_id = "moe_envs:TargetReaching-v0?layout=fixed"
     run = train(script, tmp_path / "run", env_id=env_id, total_timesteps=20, eval_episodes=1)
