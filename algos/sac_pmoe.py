@@ -63,7 +63,7 @@ class Args:
     # === shared: run arguments ===
     env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10"  # Gymnasium id, arguments after "?"
     seed: int = 1  # seed of everything random
-    total_timesteps: int | None = None  # environment steps (default: 40,000; with --resume those of that run)
+    total_timesteps: int | None = None  # environment steps (default: 30,000; with --resume those of that run)
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to continue from its last checkpoint
     evaluate: str | None = None  # folder of a run to evaluate instead of training
@@ -72,7 +72,7 @@ class Args:
     eval_episodes: int = 10  # episodes per evaluation
     checkpoint_every: int = 10_000  # steps between checkpoints
     device: str = "cpu"  # cpu, cuda or cuda:N
-    num_threads: int = 2  # CPU threads of PyTorch; 1 where several runs share the cores
+    num_threads: int = 1  # CPU threads of PyTorch; 2 are faster where no other run needs the core
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
     # === end shared ===
     # === shared: sac arguments ===
@@ -451,7 +451,7 @@ def load_run(flag: str, folder: str, name: str) -> tuple[Args, dict]:
             fail(f"{flag} {folder}: this run was made by {saved['script']}.py; use that script")
         return Args(**saved["args"]), saved
     except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
-        fail(f"{flag} {folder}: no readable {name} there ({type(error).__name__}: {str(error).splitlines()[0][:80]})")
+        fail(f"{flag} {folder}: no readable {name} there ({type(error).__name__}: {' '.join(str(error).split())[:80]})")
 
 
 def resume_run(args: Args) -> tuple[Args, dict]:
@@ -569,7 +569,7 @@ def main(args: Args) -> Path:
     if args.resume:
         args, checkpoint = resume_run(args)
     elif args.total_timesteps is None:
-        args = dataclasses.replace(args, total_timesteps=40_000)
+        args = dataclasses.replace(args, total_timesteps=30_000)
     configure(args)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     check_memory(args, env)
