@@ -371,8 +371,6 @@ def check(args: Args):
                 fail(f"--{field.name.replace('_', '-')} {value}: must lie between {low} and {high}")
     if args.video and not args.evaluate:
         fail("--video: goes with --evaluate RUN_DIR")
-    if args.resume and args.evaluate:
-        fail("--resume: cannot go with --evaluate; resume first")
     try:
         assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
         torch.zeros(1, device=args.device)
@@ -529,6 +527,10 @@ def evaluate(agent: Agent, env: gym.Env, args: Args, policy: str, global_step: i
 
 def evaluate_run(args: Args) -> Path:
     """Evaluates the run in folder `args.evaluate`, prints the result and writes it there as evaluation.json."""
+    for field in dataclasses.fields(Args):
+        given, own = getattr(args, field.name), field.name in ("evaluate", "eval_episodes", "video", "device")
+        if given != field.default and not own:
+            fail(f"--{field.name.replace('_', '-')} {given}: --evaluate takes it from the run; leave it out")
     saved, model = load_run("--evaluate", args.evaluate, "model.pt")
     run = dataclasses.replace(saved, eval_episodes=args.eval_episodes, device=args.device)
     configure(run)

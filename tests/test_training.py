@@ -260,13 +260,11 @@ WRONG = {
     "buffer larger than memory": (dict(buffer_size=10**13), "--buffer-size 10000000000000"),
     "learning rate infinite": (dict(q_lr=math.inf), "--q-lr inf"),
     "device without memory": (dict(device="meta"), "--device meta"),
-    "resume and evaluate": (dict(resume="a", evaluate="a"), "--resume"),
     "environment with a broken file": (dict(env_id="Ant-v5?xml_file=/no/file.xml"), "--env-id Ant-v5"),
     "no cuda here": (dict(device="cuda:99"), "--device cuda:99"),
     "unknown device": (dict(device="abacus"), "--device abacus"),
     "folder below a file": (dict(run_dir="/dev/null/run"), "--run-dir /dev/null/run"),
     "nothing to resume": (dict(resume="no/such/run"), "--resume no/such/run"),
-    "nothing to evaluate": (dict(evaluate="no/such/run"), "--evaluate no/such/run"),
     "video without evaluation": (dict(video=True), "--video"),
 }
 
@@ -281,6 +279,18 @@ def test_wrong_input_is_one_line_that_names_the_flag(script, tmp_path, name, mon
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and expected in error, error
     assert not list(tmp_path.iterdir())
+
+
+def test_evaluate_takes_the_run_as_it_is(script, finished, capsys):
+    for wrong, expected in (
+        (dict(evaluate="no/such/run"), "--evaluate no/such/run"),
+        (dict(evaluate=str(finished), gamma=0.5), "--gamma 0.5"),
+        (dict(evaluate=str(finished), resume=str(finished)), "--resume"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            script.main(script.Args(**wrong))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and expected in error
 
 
 def test_zero_experts_and_other_mixture_errors(pmoe, tmp_path, monkeypatch, capsys):
