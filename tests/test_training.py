@@ -247,6 +247,7 @@ WRONG = {
     "discrete actions": (dict(env_id="CartPole-v1"), "--env-id CartPole-v1"),
     "image observations": (dict(env_id="CarRacing-v3"), "--env-id CarRacing-v3"),
     "unknown environment": (dict(env_id="NoSuchEnv-v0"), "--env-id NoSuchEnv-v0"),
+    "no time limit": (dict(env_id="Pendulum-v1?max_episode_steps=-1"), "max_episode_steps=1000"),
     "unknown module": (dict(env_id="no_such_module:Env-v0"), "--env-id no_such_module:Env-v0"),
     "wrong environment argument": (dict(env_id="moe_envs:TargetReaching-v0?layout=moon"), "layout"),
     "unknown environment argument": (dict(env_id="moe_envs:TargetReaching-v0?colour=red"), "colour"),
