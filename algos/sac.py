@@ -50,9 +50,9 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Args:
     # === shared: run arguments ===
-    env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10"  # Gymnasium id, arguments after "?"
+    env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10&speed_bonus=0.3"  # id?arguments
     seed: int = 1  # seed of everything random
-    total_timesteps: int | None = None  # environment steps (default: 30,000; with --resume those of that run)
+    total_timesteps: int | None = None  # environment steps (default: 40,000; with --resume those of that run)
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to continue from its last checkpoint
     evaluate: str | None = None  # folder of a run to evaluate instead of training
@@ -65,7 +65,7 @@ class Args:
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
     # === end shared ===
     # === shared: sac arguments ===
-    learning_starts: int = 1_000  # uniformly random steps before the first update
+    learning_starts: int = 10_000  # uniformly random steps before the first update
     buffer_size: int = 1_000_000  # rows of replay: a transition takes one, the end of an episode another
     update_every: int = 1  # environment steps per update
     batch_size: int = 256  # transitions per update
@@ -518,7 +518,7 @@ def main(args: Args) -> Path:
     if args.resume:
         args, checkpoint = resume_run(args)
     elif args.total_timesteps is None:
-        args = dataclasses.replace(args, total_timesteps=30_000)
+        args = dataclasses.replace(args, total_timesteps=40_000)
     configure(args)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
     check_memory(args, env)
