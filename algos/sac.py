@@ -15,6 +15,7 @@ Where this differs from the paper:
    no simulator state: resume replays the actions of the running episode and checks that it observes the same bits.
 4. The temperature starts at --alpha-init 0.1, not 1 (Stable-Baselines3 offers this as ent_coef="auto_0.1"). At 1 the
    entropy of all steps to come is worth up to 139 on the default task: more than the 100 for reaching the target.
+5. It begins with 10,000 random steps, as Spinning Up does, not with 1,000: the default task's target is rarely met.
 Letters in the shape comments: B batch, O observation size, A action dimensions, H hidden units.
 """
 
@@ -61,7 +62,7 @@ class Args:
     eval_episodes: int = 10  # episodes per evaluation
     checkpoint_every: int = 10_000  # steps between checkpoints
     device: str = "cpu"  # cpu, cuda or cuda:N
-    num_threads: int = 1  # CPU threads of PyTorch; 2 are faster where no other run needs the core
+    num_threads: int = 2  # CPU threads of PyTorch; 1 where another run needs the other core
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
     # === end shared ===
     # === shared: sac arguments ===

@@ -48,6 +48,7 @@ SUITES = {
             "sac_pmoe-draws": "sac_pmoe --selection draws",  # the paper's form
             "sac_pmoe-fresh": "sac_pmoe --selection fresh",
             "sac_pmoe-alpha1": "sac_pmoe --alpha-init 1",
+            "sac_pmoe-bonus0.1": "sac_pmoe --env-id moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10",
         },
     ),
     "halfcheetah": Suite(

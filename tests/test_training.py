@@ -19,7 +19,7 @@ from conftest import ALGOS, SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 TINY = dict(env_id="Pendulum-v1", total_timesteps=220, learning_starts=150, batch_size=16, eval_every=110)
-TINY |= dict(eval_episodes=1, checkpoint_every=160, buffer_size=1000)
+TINY |= dict(eval_episodes=1, checkpoint_every=160, buffer_size=1000, num_threads=1)
 
 
 def train(script, folder, **changes):
