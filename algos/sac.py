@@ -308,9 +308,25 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     }
 
 
+# === shared: sac checks ===
+LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
+
+
+def check_memory(args: Args, env: gym.Env):
+    """Exits if the replay buffer, and the copy of it that a checkpoint takes, cannot fit the memory of the device."""
+    needed = 2 * args.buffer_size * (4 * (env.observation_space.shape[0] + env.action_space.shape[0] + 2) + 8)
+    if args.device.startswith("cuda"):
+        memory = torch.cuda.get_device_properties(args.device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if needed > memory:
+        fit = int(args.buffer_size * memory / needed * 0.8)
+        fail(f"--buffer-size {args.buffer_size}: needs {needed / 1e9:.1f} GB of {memory / 1e9:.1f} GB; {fit} would fit")
+
+
+# === end shared ===
 # === shared: run folder ===
 SCRIPT = Path(__file__).stem
-LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
 
 
 def check(args: Args):
@@ -335,18 +351,6 @@ def configure(args: Args):
     torch.set_num_threads(args.num_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
-
-
-def check_memory(args: Args, env: gym.Env):
-    """Exits if the replay buffer, and the copy of it that a checkpoint takes, cannot fit the memory of the device."""
-    needed = 2 * args.buffer_size * (4 * (env.observation_space.shape[0] + env.action_space.shape[0] + 2) + 8)
-    if args.device.startswith("cuda"):
-        memory = torch.cuda.get_device_properties(args.device).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-    if needed > memory:
-        fit = int(args.buffer_size * memory / needed * 0.8)
-        fail(f"--buffer-size {args.buffer_size}: needs {needed / 1e9:.1f} GB of {memory / 1e9:.1f} GB; {fit} would fit")
 
 
 def describe(args: Args) -> dict:
