@@ -281,6 +281,41 @@ class Head(nn.Module):
 
 
 # === end shared ===
+# === shared: adam ===
+class Adam:
+    """What torch.optim.Adam(betas=(0.9, 0.999), eps=1e-5) computes for these weights, with clipping, in less time.
+
+    The weights become views of one vector, so that one operation averages, clips or steps all of them.
+    """
+
+    def __init__(self, module: nn.Module, args: Args):
+        self.weights, self.lr, self.max_norm = list(module.parameters()), args.learning_rate, args.max_grad_norm
+        self.vector = torch.cat([w.detach().flatten() for w in self.weights])
+        self.mean, self.square, self.steps = torch.zeros_like(self.vector), torch.zeros_like(self.vector), 0
+        for w, part in zip(self.weights, self.vector.split([w.numel() for w in self.weights]), strict=True):
+            w.data = part.view_as(w)
+
+    def descend(self, loss: torch.Tensor):
+        """One step, by the gradient averaged over the processes and then shortened to its largest norm."""
+        gradient = average(torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.weights)]))
+        gradient /= torch.linalg.vector_norm(gradient).div_(self.max_norm).clamp_(min=1)
+        self.steps += 1
+        self.mean.lerp_(gradient, 0.1)
+        self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        scale = math.sqrt(1 - 0.999**self.steps)  # with lr / (1 - 0.9^steps), the correction for the start from zero
+        denominator = self.square.sqrt().add_(1e-5 * scale)
+        self.vector.addcdiv_(self.mean, denominator, value=-self.lr * scale / (1 - 0.9**self.steps))
+
+    def state_dict(self) -> dict:
+        return {"mean": self.mean, "square": self.square, "steps": self.steps}
+
+    def load_state_dict(self, state: dict):
+        self.mean.copy_(state["mean"])
+        self.square.copy_(state["square"])
+        self.steps = state["steps"]
+
+
+# === end shared ===
 class ActorCritic(nn.Module):
     """Policy N(mu(s), sigma^2) and value V(s), each an MLP O-64-64 with tanh; log sigma is a parameter."""
 
@@ -306,7 +341,7 @@ class ActorCritic(nn.Module):
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raw obs (B, O), standard normal noise (B, A) -> action (B, A) for the environment, and before clipping."""
+        """Raw obs (B, O), standard normal noise (B, A) -> action (B, A) for the environment, unclipped action."""
         mean, _ = self(self.normalize(obs))
         action = mean + self.log_std.exp() * (torch.randn_like(mean) if noise is None else noise)
         return action.clamp(-1, 1), action
@@ -329,9 +364,7 @@ class Agent(nn.Module):
         self.actor = ActorCritic(obs_dim, action_dim, args)
         self.return_moments = Moments()
         self.to(args.device)
-        self.weights = list(self.parameters())
-        self.vector = as_one_vector(self.weights)
-        self.optimizer = Adam(self.vector, args.learning_rate)
+        self.optimizers = [Adam(self.actor, args)]
 
 
 # === shared: ppo learning ===
@@ -341,45 +374,6 @@ class Batch(NamedTuple):
     log_prob: torch.Tensor  # (B,), of the policy that acted
     advantage: torch.Tensor  # (B,)
     target: torch.Tensor  # (B,), of the critic
-
-
-def as_one_vector(weights: list[nn.Parameter]) -> torch.Tensor:
-    """A vector that holds all weights, which become views of it: one operation then averages, clips or steps."""
-    vector = torch.cat([w.detach().flatten() for w in weights])
-    for w, part in zip(weights, vector.split([w.numel() for w in weights]), strict=True):
-        w.data = part.view_as(w)
-    return vector
-
-
-class Adam:
-    """What torch.optim.Adam(betas=(0.9, 0.999), eps=1e-5) computes, for one vector in a fifth of its time."""
-
-    def __init__(self, vector: torch.Tensor, lr: float):
-        self.vector, self.lr, self.steps = vector, lr, 0
-        self.mean, self.square = torch.zeros_like(vector), torch.zeros_like(vector)
-
-    def step(self, gradient: torch.Tensor):
-        self.steps += 1
-        self.mean.lerp_(gradient, 0.1)
-        self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        scale = math.sqrt(1 - 0.999**self.steps)  # with lr / (1 - 0.9^steps), the correction for the start from zero
-        denominator = self.square.sqrt().add_(1e-5 * scale)
-        self.vector.addcdiv_(self.mean, denominator, value=-self.lr * scale / (1 - 0.9**self.steps))
-
-    def state_dict(self) -> dict:
-        return {"steps": self.steps, "mean": self.mean, "square": self.square}
-
-    def load_state_dict(self, state: dict):
-        self.steps = state["steps"]
-        self.mean.copy_(state["mean"])
-        self.square.copy_(state["square"])
-
-
-def descend(loss: torch.Tensor, agent: Agent, args: Args):
-    """One step of Adam on all weights, by the gradient averaged over the processes and cut to its largest norm."""
-    gradient = average(torch.cat([g.flatten() for g in torch.autograd.grad(loss, agent.weights)]))
-    too_long = torch.linalg.vector_norm(gradient).div_(args.max_grad_norm).clamp_(min=1)
-    agent.optimizer.step(gradient.div_(too_long))
 
 
 def gae(reward, value, next_value, terminated, done, args: Args) -> torch.Tensor:
@@ -409,7 +403,7 @@ def prepare(agent: Agent, rollout: Rollout, args: Args) -> Batch:
 
 
 def learn(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
-    """Epochs of updates on shuffled minibatches; returns the means of what update() returns, and KL."""
+    """Epochs of updates on shuffled minibatches; returns the means of what update() returns, and the KL divergence."""
     metrics = []
     for _ in range(args.update_epochs):
         rows = torch.randperm(len(batch.obs)).view(args.num_minibatches, -1).to(args.device)
@@ -419,7 +413,7 @@ def learn(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
         epoch = (x.chunk(WORLD, 1)[RANK] for x in epoch)  # this process's part of each minibatch
         metrics += [update(agent, Batch(*minibatch), args) for minibatch in zip(*epoch, strict=True)]
         log_ratio = torch.stack([m.pop("log_ratio") for m in metrics[-args.num_minibatches :]])
-        kl = average((log_ratio.exp() - 1 - log_ratio).mean())  # of the policy that acted from those of this pass
+        kl = average((log_ratio.exp() - 1 - log_ratio).mean())  # KL(pi_old || pi) in this pass
         if args.target_kl is not None and kl > args.target_kl:
             break
     clipped = average((log_ratio.exp() - 1).abs().gt(args.clip_coef).float().mean())
@@ -448,7 +442,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     loss = actor_loss + args.vf_coef * critic_loss
     if args.ent_coef:
         loss -= args.ent_coef * agent.actor.entropy()
-    descend(loss, agent, args)
+    agent.optimizers[0].descend(loss)
     return {
         "losses/critic": critic_loss.detach(),
         "losses/actor": -torch.min(gain, bound).mean(),
@@ -692,8 +686,11 @@ def main(args: Args) -> Path | None:
     if checkpoint:
         global_step, eval_rows, earlier_time = (checkpoint[k] for k in ("global_step", "eval_rows", "wall_time"))
         agent.load_state_dict(checkpoint["agent"])
-        agent.optimizer.load_state_dict(checkpoint["optimizer"])
+        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         torch.set_rng_state(checkpoint["rng"])
+        if args.device.startswith("cuda"):
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], args.device)
         if global_step < args.total_timesteps:  # made longer: what was its end is not one any more
             eval_rows = [
                 r for r in eval_rows if r["policy"] == "deterministic" and due(args.eval_every, r["global_step"])
@@ -711,8 +708,10 @@ def main(args: Args) -> Path | None:
         wall_time = earlier_time + time.perf_counter() - started
         model = {"script": SCRIPT, "args": dataclasses.asdict(args), "global_step": global_step}
         model["agent"] = agent.state_dict()
-        state = {"optimizer": agent.optimizer.state_dict(), "rng": torch.get_rng_state()}
-        state |= {"eval_rows": eval_rows, "wall_time": wall_time}
+        state = {"optimizers": [optimizer.state_dict() for optimizer in agent.optimizers]}
+        state |= {"eval_rows": eval_rows, "wall_time": wall_time, "rng": torch.get_rng_state()}
+        if args.device.startswith("cuda"):
+            state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
         write(run_dir / "checkpoint.pt", model | state)
         write(run_dir / "model.pt", model)
         write_eval(run_dir, eval_rows)
@@ -728,7 +727,7 @@ def main(args: Args) -> Path | None:
     def report(metrics: dict[str, torch.Tensor], episodes: list[tuple[float, int]], last: bool):
         """Logs a rollout and evaluates where that is due."""
         speed = (global_step - start_step) / (time.perf_counter() - started)
-        scalars = {"charts/SPS": speed, "charts/learning_rate": agent.optimizer.lr}
+        scalars = {"charts/SPS": speed, "charts/learning_rate": agent.optimizers[0].lr}
         if episodes:
             scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0).tolist()
         for key, value in metrics.items():  # a number, or one per expert
@@ -759,7 +758,8 @@ def main(args: Args) -> Path | None:
         while global_step < args.total_timesteps:
             if args.anneal_lr:
                 fraction = 1 - global_step / args.total_timesteps
-                agent.optimizer.lr = fraction * args.learning_rate
+                for optimizer in agent.optimizers:
+                    optimizer.lr = fraction * args.learning_rate
             rollout, episodes = sampler.rollout(agent)
             batch = prepare(agent, rollout, args)
             metrics = learn(agent, batch, args)

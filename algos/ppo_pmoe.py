@@ -1,0 +1,860 @@
+"""PPO-PMOE: proximal policy optimisation of a mixture of K Gaussians, whose gate learns which expert is the best.
+
+Paper   Ren, Li, Ding, Pan and Dong 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning",
+        arXiv 2104.09122. What it calls a primitive is an expert here.
+Policy  pi(a|s) = sum_k w_k(s) N(a; mu_k(s), sigma_k^2); the environment gets a clipped to [-1, 1]^A.
+
+Run       python algos/ppo_pmoe.py                                 # target-reaching
+          python algos/ppo_pmoe.py --env-id HalfCheetah-v5 --num-experts 8 --total-timesteps 1000000
+          torchrun --nproc_per_node=2 algos/ppo_pmoe.py            # the environments split over two processes
+Resume    python algos/ppo_pmoe.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash: the same bits
+Evaluate  python algos/ppo_pmoe.py --evaluate runs/NAME --video    # deterministic and stochastic return, a GIF
+
+What differs from ppo.py:
+1. Policy: K means on one trunk, a log sigma_k for each, a gate w = softmax(Linear(observation)). To act, draw k ~ w,
+   then a ~ N_k. The ratio has the likelihood of the mixture, log pi = logsumexp_k(log w_k + log N_k).
+2. Q(s, a), a network of its own, is fitted to the same on-policy return estimate as V(s).
+3. Gate's loss (frequency approximate gradient): a_k ~ N_k, the best expert is argmax_k Q(s, a_k), and w is pulled to
+   its one-hot, hence to the frequency with which each is the best. --gate-gradient both: PPO's gradient, too.
+Where this differs from the paper or the authors' code: their release has no PPO, and the paper's own text was not to be
+had. The form is that of a co-author's later script, which is --gate-gradient both. Ours are:
+1. Deterministic evaluation acts by the mean of the likeliest expert.
+2. The entropy bonus, if there is one, is for the mixture's entropy, which has no closed form: -sum_k w_k log pi(a_k|s)
+   with one reparameterised draw of each expert, an unbiased estimate of it and of its gradient.
+3. Q has its own Adam and its own clipping, so that it does not shorten the policy's gradient.
+Letters in the shape comments: T steps, N environments, B batch, K experts, O observation size, A action dimensions.
+"""
+
+# === shared: ppo imports ===
+import ast
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.distributed
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# === end shared ===
+
+
+@dataclasses.dataclass
+class Args:
+    # === shared: ppo run arguments ===
+    env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10"  # Gymnasium id, arguments after "?"
+    seed: int = 1  # seed of everything random
+    total_timesteps: int | None = None  # environment steps (default: 500,000; with --resume those of that run)
+    run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
+    resume: str | None = None  # folder of a run to continue from its last checkpoint
+    evaluate: str | None = None  # folder of a run to evaluate instead of training
+    video: bool = False  # with --evaluate: also write video.gif into the run folder
+    eval_every: int = 50_000  # steps between evaluations, each at the end of a rollout
+    eval_episodes: int = 10  # episodes per evaluation
+    checkpoint_every: int = 100_000  # steps between checkpoints, which end all episodes: see the docstring
+    device: str = "cpu"  # cpu, cuda or cuda:N
+    num_threads: int = 1  # CPU threads of PyTorch
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
+    # === end shared ===
+    # === shared: ppo arguments ===
+    num_envs: int = 8  # environments, those of all processes together
+    async_envs: bool = False  # each environment in a process of its own; pays if its step takes long
+    num_steps: int = 256  # steps of each environment per rollout
+    update_epochs: int = 10  # passes over a rollout
+    num_minibatches: int = 32  # updates per pass
+    learning_rate: float = 3e-4  # Adam's step size
+    anneal_lr: bool = True  # lowers it linearly to 0 over the run
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
+    clip_coef: float = 0.2  # the ratio counts within 1 +- this
+    vf_coef: float = 0.5  # weight of the value loss
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
+    target_kl: float | None = None  # no further pass over a rollout once the policy is this far from the one that acted
+    # === end shared ===
+    num_experts: int = 4  # K; the paper's Fig. 2: Ant 16, Hopper 12, HalfCheetah and Humanoid 8, others 4
+    gate_gradient: Literal["frequency", "both"] = "both"  # the gate learns by its own loss alone, or by PPO's as well
+
+
+# === shared: environment ===
+def fail(message: str):
+    """One line on stderr and exit code 2: the run cannot start."""
+    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """`id?key=value&key=value` -> environment with a flat Box observation and actions in [-1, 1]^A.
+
+    When an episode ends, info["episode"] has its return "r" and its length "l".
+    """
+    name, _, query = env_id.partition("?")
+    try:
+        kwargs = dict(pair.split("=", 1) for pair in query.split("&") if pair)
+        for key, value in kwargs.items():
+            try:
+                kwargs[key] = ast.literal_eval(value)  # numbers, booleans, tuples
+            except (ValueError, SyntaxError):
+                pass  # a plain word stays a string
+        env = gym.make(name, **kwargs, **({"render_mode": render_mode} if render_mode else {}))
+    except Exception as error:  # whatever the environment's own code raises
+        hint = " (moe_envs: pip install -e . in the repository)" if isinstance(error, ImportError) else ""
+        fail(f"--env-id {env_id}: {(str(error).strip() or type(error).__name__).splitlines()[0]}{hint}")
+    for role, space in (("action", env.action_space), ("observation", env.observation_space)):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            fail(f"--env-id {env_id}: needs a flat Box {role} space such as Pendulum-v1's, this one has {space}")
+    if (env.spec.max_episode_steps or -1) < 0:
+        fail(f"--env-id {env_id}: has no time limit, an evaluation may never end; give {name}?max_episode_steps=1000")
+    if not np.isfinite([env.action_space.low, env.action_space.high]).all():
+        fail(f"--env-id {env_id}: action bounds must be finite to be rescaled to [-1, 1], they are {env.action_space}")
+    return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), np.float32(-1), np.float32(1))
+
+
+def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
+    """Seed of one episode, below 2^32; training seeds lie in the lower half, evaluation seeds in the upper."""
+    return evaluation * 2**31 + (seed * 100_003 + episode) % 2**31
+
+
+# === end shared ===
+# === shared: data parallel ===
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+
+
+def average(x: torch.Tensor) -> torch.Tensor:
+    """Mean of `x` over the processes."""
+    if WORLD > 1:
+        torch.distributed.all_reduce(x)
+        x /= WORLD
+    return x
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """(T, N / WORLD, ...) of each process -> (T, N, ...)"""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    torch.distributed.all_gather(parts, x)
+    return torch.cat(parts, dim=1)
+
+
+# === end shared ===
+# === shared: rollout ===
+class Rollout(NamedTuple):
+    obs: torch.Tensor  # (T, N, O)
+    action: torch.Tensor  # (T, N, A), before clipping
+    reward: torch.Tensor  # (T, N)
+    terminated: torch.Tensor  # (T, N)
+    done: torch.Tensor  # (T, N), terminated or truncated
+    next_obs: torch.Tensor  # (T, N, O), in a step that ends an episode its last observation
+    discounted: torch.Tensor  # (T, N), sum of the episode's rewards so far, each discounted by its age
+
+
+class Bare(gym.Wrapper):
+    """Copies observations, which some environments change in place, and drops info, which takes time to collect."""
+
+    def reset(self, **arguments):
+        return np.array(self.env.reset(**arguments)[0], np.float32), {}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        return np.array(obs, np.float32), reward, terminated, truncated, {}
+
+
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """This process's share of the environments, actions in [-1, 1]^A; one that ends starts anew in the same step."""
+    spec = dataclasses.replace(make_env(args.env_id).spec, additional_wrappers=(), disable_env_checker=True)
+    count, mode = args.num_envs // WORLD, gym.vector.AutoresetMode.SAME_STEP
+    envs = gym.make_vec(spec, count) if spec.vector_entry_point and not args.async_envs else None  # its own form
+    if envs is None or envs.metadata.get("autoreset_mode") != mode:
+        kind = "async" if args.async_envs else "sync"
+        envs = gym.make_vec(spec, count, kind, wrappers=[Bare], vector_kwargs={"autoreset_mode": mode})
+    return gym.wrappers.vector.RescaleAction(envs, np.float32(-1), np.float32(1))
+
+
+class Sampler:
+    """Steps this process's environments by the policy; what it remembers ends at each reset."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+        self.envs, self.args = envs, args
+
+    def reset(self, global_step: int):
+        """New episodes everywhere, each environment with a seed made from the run's seed and the step."""
+        first = global_step // self.args.num_steps + RANK * self.envs.num_envs  # one number per environment and rollout
+        seeds = [episode_seed(self.args.seed, first + i) for i in range(self.envs.num_envs)]
+        self.obs = np.array(self.envs.reset(seed=seeds)[0], np.float32)
+        self.discounted, self.returns, self.lengths = np.zeros((3, self.envs.num_envs))
+
+    @torch.no_grad()
+    def rollout(self, agent: "Agent") -> tuple[Rollout, list[tuple[float, int]]]:
+        """T steps of all N environments, and return and length of each episode of this process that ended in them."""
+        args, n = self.args, self.envs.num_envs
+        # Every process draws the noise of all and takes its share, so the split changes nothing.
+        noise = torch.randn(args.num_steps, args.num_envs, agent.actor.noise_dim)[:, RANK * n : (RANK + 1) * n]
+        noise, columns, episodes = noise.to(args.device), [], []
+        for t in range(args.num_steps):
+            clipped, action = agent.actor.sample(torch.from_numpy(self.obs).to(args.device), noise[t])
+            clipped, action = clipped.cpu().numpy(), action.cpu().numpy()
+            if not np.isfinite(action).all():
+                raise FloatingPointError(f"the policy's action is {action}")
+            obs, reward, terminated, truncated, info = self.envs.step(clipped)
+            obs, done = np.array(obs, np.float32), terminated | truncated
+            next_obs, ended = obs.copy() if done.any() else obs, np.flatnonzero(done)
+            self.discounted, self.returns = self.discounted * args.gamma + reward, self.returns + reward
+            self.lengths += 1
+            columns.append((self.obs, action, reward, terminated, done, next_obs, self.discounted.copy()))
+            for i in ended:
+                next_obs[i] = info["final_obs"][i]
+                episodes.append((self.returns[i], self.lengths[i]))
+                self.discounted[i] = self.returns[i] = self.lengths[i] = 0
+            self.obs = obs
+        columns = (np.stack(column).astype(np.float32) for column in zip(*columns, strict=True))
+        return Rollout(*(gather(torch.from_numpy(column).to(args.device)) for column in columns)), episodes
+
+
+# === end shared ===
+# === shared: moments ===
+class Moments(nn.Module):
+    """Mean and variance of all that it has been shown; calling it standardises, within 10 standard deviations."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(shape))  # mean and 1 / std as forward() uses them
+        self.register_buffer("scale", torch.ones(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.shift) * self.scale).clamp(-10, 10)
+
+    def update(self, x: torch.Tensor):
+        """Takes in x (B, *shape): mean and variance of the union of two sets (Chan et al. 1979)."""
+        x, n = x.double(), len(x)
+        total, delta = self.count + n, x.mean(0) - self.mean
+        self.var = (self.count * self.var + n * x.var(0, correction=0) + delta**2 * self.count * n / total) / total
+        self.mean, self.count = self.mean + delta * n / total, total
+        self.shift, self.scale = self.mean.float(), (self.var + 1e-8).rsqrt().float()
+
+
+# === end shared ===
+# === shared: trunks ===
+def orthogonal(gain: float, *shape: int) -> nn.Parameter:
+    """Weights (..., inputs, outputs), each matrix orthogonal times `gain`."""
+    weights = torch.empty(shape)
+    for matrix in weights.view(-1, *shape[-2:]):
+        nn.init.orthogonal_(matrix, gain)
+    return nn.Parameter(weights)
+
+
+class Trunks(nn.Module):
+    """MLPs O-64-64 with tanh of actor and critic, as one batched network: every weight has a leading 2."""
+
+    def __init__(self, obs_dim: int, hidden: int = 64):
+        super().__init__()
+        self.w1, self.b1 = orthogonal(2**0.5, 2, obs_dim, hidden), nn.Parameter(torch.zeros(2, 1, hidden))
+        self.w2, self.b2 = orthogonal(2**0.5, 2, hidden, hidden), nn.Parameter(torch.zeros(2, 1, hidden))
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        """obs (B, O) -> features (2, B, H)."""
+        x = torch.baddbmm(self.b1, obs.expand(2, -1, -1), self.w1).tanh()
+        return torch.baddbmm(self.b2, x, self.w2).tanh()
+
+
+class Head(nn.Module):
+    """Linear layer, orthogonal weights times `gain`."""
+
+    def __init__(self, inputs: int, outputs: int, gain: float):
+        super().__init__()
+        self.w, self.b = orthogonal(gain, inputs, outputs), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.b, x, self.w)
+
+
+# === end shared ===
+# === shared: adam ===
+class Adam:
+    """What torch.optim.Adam(betas=(0.9, 0.999), eps=1e-5) computes for these weights, with clipping, in less time.
+
+    The weights become views of one vector, so that one operation averages, clips or steps all of them.
+    """
+
+    def __init__(self, module: nn.Module, args: Args):
+        self.weights, self.lr, self.max_norm = list(module.parameters()), args.learning_rate, args.max_grad_norm
+        self.vector = torch.cat([w.detach().flatten() for w in self.weights])
+        self.mean, self.square, self.steps = torch.zeros_like(self.vector), torch.zeros_like(self.vector), 0
+        for w, part in zip(self.weights, self.vector.split([w.numel() for w in self.weights]), strict=True):
+            w.data = part.view_as(w)
+
+    def descend(self, loss: torch.Tensor):
+        """One step, by the gradient averaged over the processes and then shortened to its largest norm."""
+        gradient = average(torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.weights)]))
+        gradient /= torch.linalg.vector_norm(gradient).div_(self.max_norm).clamp_(min=1)
+        self.steps += 1
+        self.mean.lerp_(gradient, 0.1)
+        self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
+        scale = math.sqrt(1 - 0.999**self.steps)  # with lr / (1 - 0.9^steps), the correction for the start from zero
+        denominator = self.square.sqrt().add_(1e-5 * scale)
+        self.vector.addcdiv_(self.mean, denominator, value=-self.lr * scale / (1 - 0.9**self.steps))
+
+    def state_dict(self) -> dict:
+        return {"mean": self.mean, "square": self.square, "steps": self.steps}
+
+    def load_state_dict(self, state: dict):
+        self.mean.copy_(state["mean"])
+        self.square.copy_(state["square"])
+        self.steps = state["steps"]
+
+
+# === end shared ===
+class ActorCritic(nn.Module):
+    """Policy pi(a|s) = sum_k w_k(s) N(a; mu_k(s), sigma_k^2) and value V(s); trunks O-64-64, linear gate."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.shape, self.noise_dim = (args.num_experts, action_dim), action_dim + 1
+        self.normalize = Moments(obs_dim)
+        self.trunks = Trunks(obs_dim)
+        self.mean, self.value = Head(64, args.num_experts * action_dim, gain=0.01), Head(64, 1, gain=1.0)
+        self.log_std = nn.Parameter(torch.zeros(self.shape))
+        self.gate = Head(obs_dim, args.num_experts, gain=0.01)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Normalised obs (B, O) -> mean (B, K, A), log w (B, K), value (B,)."""
+        actor, critic = self.trunks(obs)  # (B, H) each
+        return self.mean(actor).view(-1, *self.shape), self.gate(obs).log_softmax(1), self.value(critic).squeeze(1)
+
+    def log_prob(self, mean: torch.Tensor, log_w: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """mean (B, K, A), log_w (B, K), unclipped action (B, A) -> logsumexp_k(log w_k + log N_k(action)) (B,)."""
+        noise = (action.unsqueeze(1) - mean) * (-self.log_std).exp()  # (B, K, A)
+        log_normal = -0.5 * noise.square().sum(2) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum(1)  # (B, K)
+        return (log_w + log_normal).logsumexp(1)
+
+    def sample(self, obs: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw obs (B, O), standard normal noise (B, A + 1) -> action (B, A) for the environment, unclipped action."""
+        mean, log_w, _ = self(self.normalize(obs))
+        noise = torch.randn(len(mean), self.noise_dim, device=mean.device) if noise is None else noise
+        # k ~ w: the first k whose cumulated weight reaches a uniform number, made from the last of the normal ones
+        k = (torch.special.ndtr(noise[:, -1:]) > log_w.exp().cumsum(1)[:, :-1]).sum(1)  # (B,)
+        action = pick(mean, k) + self.log_std[k].exp() * noise[:, :-1]
+        return action.clamp(-1, 1), action
+
+    def mode(self, obs: torch.Tensor) -> torch.Tensor:
+        """Raw obs (B, O) -> deterministic action (B, A): the mean of the expert with the largest weight."""
+        mean, log_w, _ = self(self.normalize(obs))
+        return pick(mean, log_w.argmax(1)).clamp(-1, 1)
+
+    @torch.no_grad()
+    def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Means over normalised `obs`; usage is the chance of each expert to act, distance that of the means of two."""
+        mean, log_w, _ = self(obs)
+        distance = torch.cdist(mean.clamp(-1, 1), mean.clamp(-1, 1))  # (B, K, K), zero on the diagonal
+        return {
+            "policy/std": self.log_std.exp().mean(),
+            "moe/usage": log_w.exp().mean(0),  # (K,)
+            "moe/gate_entropy": torch.special.entr(log_w.exp()).sum(1).mean(),
+            "moe/expert_distance": distance.mean() * (len(log_w[0]) / max(len(log_w[0]) - 1, 1)),
+        }
+
+
+def pick(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """x (B, K, A), k (B,) -> x[b, k_b] (B, A)."""
+    return x.gather(1, k.view(-1, 1, 1).expand(-1, 1, x.shape[2])).squeeze(1)
+
+
+class QNetwork(nn.Module):
+    """Q(s, a), MLP (O + A)-64-64-64-1 with ReLU."""
+
+    def __init__(self, obs_dim: int, action_dim: int):
+        super().__init__()
+        sizes = (obs_dim + action_dim, 64, 64, 64)
+        hidden = [m for i in range(3) for m in (Head(sizes[i], sizes[i + 1], gain=2**0.5), nn.ReLU())]
+        self.layers = nn.Sequential(*hidden, Head(64, 1, gain=1.0))
+
+    def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """Normalised obs (B, O), unclipped action (B, A) or, for K actions per state, (B, K, A) -> Q (B,) or (B, K)."""
+        if action.ndim == 3:
+            obs = obs.unsqueeze(1).expand(-1, action.shape[1], -1)
+        return self.layers(torch.cat([obs, action], -1).flatten(0, -2)).view(action.shape[:-1])
+
+
+class Agent(nn.Module):
+    """Everything that learns: actor and critic, Q, the scale of the rewards, and an Adam each."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.actor = ActorCritic(obs_dim, action_dim, args)
+        self.q = QNetwork(obs_dim, action_dim)
+        self.return_moments = Moments()
+        self.to(args.device)
+        self.optimizers = [Adam(self.actor, args), Adam(self.q, args)]
+
+
+# === shared: ppo learning ===
+class Batch(NamedTuple):
+    obs: torch.Tensor  # (B, O), normalised
+    action: torch.Tensor  # (B, A), before clipping
+    log_prob: torch.Tensor  # (B,), of the policy that acted
+    advantage: torch.Tensor  # (B,)
+    target: torch.Tensor  # (B,), of the critic
+
+
+def gae(reward, value, next_value, terminated, done, args: Args) -> torch.Tensor:
+    """Generalised advantage estimate, everything (T, N). A time limit cuts the sum but keeps the value behind it."""
+    delta = reward + args.gamma * (1 - terminated) * next_value - value
+    decay = args.gamma * args.gae_lambda * (1 - done)
+    advantages, advantage = [], torch.zeros_like(delta[0])
+    for delta_t, decay_t in zip(delta.flip(0), decay.flip(0), strict=True):
+        advantage = torch.addcmul(delta_t, decay_t, advantage)  # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}
+        advantages.append(advantage)
+    return torch.stack(advantages).flip(0)
+
+
+@torch.no_grad()
+def prepare(agent: Agent, rollout: Rollout, args: Args) -> Batch:
+    """Normalises a rollout, estimates its advantages and makes a batch of T N rows. The moments take it in."""
+    obs, next_obs = (agent.actor.normalize(x.flatten(0, 1)) for x in (rollout.obs, rollout.next_obs))
+    agent.return_moments.update(rollout.discounted.flatten())
+    reward = (rollout.reward * agent.return_moments.scale).clamp(-10, 10)
+    *policy, value = agent.actor(obs)
+    value, next_value = value.view_as(reward), agent.actor(next_obs)[-1].view_as(reward)
+    advantage = gae(reward, value, next_value, rollout.terminated, rollout.done, args)
+    action = rollout.action.flatten(0, 1)
+    log_prob = agent.actor.log_prob(*policy, action)
+    agent.actor.normalize.update(rollout.obs.flatten(0, 1))
+    return Batch(obs, action, log_prob, advantage.flatten(), (advantage + value).flatten())
+
+
+def learn(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
+    """Epochs of updates on shuffled minibatches; returns the means of what update() returns, and the KL divergence."""
+    metrics = []
+    for _ in range(args.update_epochs):
+        rows = torch.randperm(len(batch.obs)).view(args.num_minibatches, -1).to(args.device)
+        epoch = Batch(*(x[rows] for x in batch))  # (minibatches, their size, ...)
+        std, mean = torch.std_mean(epoch.advantage, 1, keepdim=True)
+        epoch = epoch._replace(advantage=(epoch.advantage - mean) / (std + 1e-8))
+        epoch = (x.chunk(WORLD, 1)[RANK] for x in epoch)  # this process's part of each minibatch
+        metrics += [update(agent, Batch(*minibatch), args) for minibatch in zip(*epoch, strict=True)]
+        log_ratio = torch.stack([m.pop("log_ratio") for m in metrics[-args.num_minibatches :]])
+        kl = average((log_ratio.exp() - 1 - log_ratio).mean())  # KL(pi_old || pi) in this pass
+        if args.target_kl is not None and kl > args.target_kl:
+            break
+    clipped = average((log_ratio.exp() - 1).abs().gt(args.clip_coef).float().mean())
+    means = {key: torch.stack([m[key] for m in metrics]).mean(0) for key in metrics[0]}
+    return means | {"policy/kl": kl, "policy/clipped": clipped}
+
+
+# === end shared ===
+def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
+    """One gradient step on a minibatch; no host synchronisation. Returns detached tensors, among them log r (B,)."""
+    # Q: minimise E[(Q(s, a) - (A + V_old(s)))^2]
+    q_loss = F.mse_loss(agent.q(batch.obs, batch.action), batch.target)
+    agent.optimizers[1].descend(q_loss)
+
+    mean, log_w, value = agent.actor(batch.obs)  # (B, K, A), (B, K), (B,)
+    policy_log_w = log_w if args.gate_gradient == "both" else log_w.detach()
+    log_prob = agent.actor.log_prob(mean, policy_log_w, batch.action)  # (B,)
+
+    # Actor: maximise E[min(r A, clip(r, 1 - eps, 1 + eps) A)], r = pi(a|s) / pi_old(a|s).
+    # Where r A is the smaller, the gradient is that of (r A) log pi with r A held fixed; elsewhere it is zero.
+    with torch.no_grad():
+        log_ratio = log_prob - batch.log_prob
+        ratio = log_ratio.exp()
+        gain = ratio * batch.advantage
+        bound = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * batch.advantage
+    actor_loss = (gain * (gain <= bound)).dot(log_prob) / -len(gain)
+
+    # Critic: minimise E[(V(s) - (A + V_old(s)))^2]
+    critic_loss = F.mse_loss(value, batch.target)
+
+    # Gate: pull w to the one-hot of the best expert, j = argmax_k Q(s, a_k), a_k ~ N_k
+    noise = torch.randn(WORLD, *mean.shape, device=mean.device)[RANK]  # as if one process drew for the whole minibatch
+    with torch.no_grad():
+        q = agent.q(batch.obs, mean + agent.actor.log_std.exp() * noise)  # (B, K)
+        best = F.one_hot(q.argmax(1), q.shape[1]).float()  # (B, K)
+    gate_loss = F.mse_loss(log_w.exp(), best)  # mean over batch and K
+
+    loss = actor_loss + args.vf_coef * critic_loss + gate_loss
+    if args.ent_coef:  # maximise H = -sum_k w_k E[log pi(a_k|s)], a_k reparameterised
+        draws = (mean + agent.actor.log_std.exp() * noise).flatten(0, 1)  # (B K, A)
+        density = (
+            x.repeat_interleave(mean.shape[1], 0) for x in (mean, policy_log_w)
+        )  # of row b for each of its draws
+        loss += args.ent_coef * (policy_log_w.exp().flatten() * agent.actor.log_prob(*density, draws)).sum() / len(mean)
+    agent.optimizers[0].descend(loss)
+    return {
+        "losses/critic": critic_loss.detach(),
+        "losses/actor": -torch.min(gain, bound).mean(),
+        "losses/q": q_loss.detach(),
+        "losses/gate": gate_loss.detach(),
+        "policy/entropy": -log_prob.detach().mean(),  # estimated by the actions of the rollout
+        "moe/wins": best.mean(0),  # (K,), how often each expert was the best
+        "log_ratio": log_ratio,
+    }
+
+
+# === shared: ppo checks ===
+LIMITS = {"seed": (0, 2**31), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, math.inf)}  # others: positive
+
+
+def check_sizes(args: Args):
+    """Exits if the environments or the rollout cannot be divided as told."""
+    if args.num_envs % WORLD:
+        fail(f"--num-envs {args.num_envs}: must be a multiple of the {WORLD} processes")
+    steps, parts = args.num_envs * args.num_steps, args.num_minibatches * WORLD
+    if steps % parts or steps // args.num_minibatches < 2:
+        fail(f"--num-minibatches {args.num_minibatches}: cannot cut the {steps} steps of a rollout into {parts} parts")
+
+
+# === end shared ===
+# === shared: run folder ===
+SCRIPT = Path(__file__).stem
+
+
+def check(args: Args):
+    """Exits with one line naming the flag and the remedy if a value cannot work. Creates nothing."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low, high = LIMITS.get(field.name, (1 if isinstance(value, int) else 1e-9, math.inf))
+            if not low <= value <= high or value == math.inf:
+                fail(f"--{field.name.replace('_', '-')} {value}: must lie between {low} and {high}")
+    if args.video and not args.evaluate:
+        fail("--video: goes with --evaluate RUN_DIR")
+    try:
+        assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}; --device cpu always works")
+
+
+def configure(args: Args):
+    """PyTorch's global settings, the same in training and in evaluation."""
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
+
+
+def describe(args: Args) -> dict:
+    """What has to be known to repeat the run: for run.json."""
+
+    def git(*command):
+        try:
+            command = ["git", "-C", Path(__file__).parent, *command]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or not in a repository
+            return None
+
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    packages = ("torch", "gymnasium", "mujoco", "numpy")
+    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
+    return {
+        "script": SCRIPT,
+        "command": shlex.join(["python", *sys.argv]),
+        "args": dataclasses.asdict(args),
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": None if changes is None else bool(changes),
+        "versions": {"python": platform.python_version(), **dict(sorted(versions.items()))},
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+    }
+
+
+def new_run_dir(args: Args) -> Path:
+    """Creates and returns the folder of a new run."""
+    env_name = args.env_id.split(":")[-1].translate(str.maketrans("?&=/", "----"))
+    default = f"runs/{env_name}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = Path(args.run_dir or default)
+    if any((run_dir / name).exists() for name in ("checkpoint.pt", "eval.csv")):
+        fail(f"--run-dir {run_dir}: holds another run; choose an empty folder, or continue it with --resume {run_dir}")
+    run = json.dumps(describe(args), indent=1).encode()
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write(run_dir / "run.json", run)
+    except OSError as error:
+        fail(f"--run-dir {run_dir}: {error.strerror}; choose a folder that can be written")
+    return run_dir
+
+
+def load_run(flag: str, folder: str, name: str) -> tuple[Args, dict]:
+    """Arguments and content of `name` (model.pt or checkpoint.pt) of a saved run, on the CPU."""
+    try:
+        saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
+        if saved["script"] != SCRIPT:
+            fail(f"{flag} {folder}: this run was made by {saved['script']}.py; use that script")
+        return Args(**saved["args"]), saved
+    except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
+        fail(f"{flag} {folder}: no readable {name} there ({type(error).__name__}: {' '.join(str(error).split())[:80]})")
+
+
+def resume_run(args: Args) -> tuple[Args, dict]:
+    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer.
+
+    A flag that has its default value counts as not given.
+    """
+    saved, checkpoint = load_run("--resume", args.resume, "checkpoint.pt")
+    for field in dataclasses.fields(Args):
+        given = getattr(args, field.name)
+        if field.name == "total_timesteps" and given:
+            if given < checkpoint["global_step"]:
+                fail(f"--total-timesteps {given}: the run is at step {checkpoint['global_step']} already; give more")
+            saved = dataclasses.replace(saved, total_timesteps=given)
+        elif field.name != "resume" and given not in (field.default, getattr(saved, field.name)):
+            fail(f"--{field.name.replace('_', '-')} {given}: cannot change in a run that is resumed; leave it out")
+    if not os.access(args.resume, os.W_OK):
+        fail(f"--resume {args.resume}: cannot write there; copy the folder to where you can")
+    check(saved)
+    return saved, checkpoint
+
+
+def write(path: Path, data: bytes | dict):
+    """Writes a file (a dict by torch.save) under a temporary name first, so that `path` is never half-written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(data, file) if isinstance(data, dict) else file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(getattr(error, "errno", None), f"cannot write {path}: {str(error).splitlines()[0]}") from error
+
+
+def write_eval(run_dir: Path, rows: list[dict]):
+    """eval.csv: one line per evaluation, no wall-clock time, so that equal runs give equal files."""
+    lines = [",".join(EVAL_COLUMNS)] + [",".join(f"{row[c]}" for c in EVAL_COLUMNS) for row in rows]
+    write(run_dir / "eval.csv", "\n".join([*lines, ""]).encode())
+
+
+# === end shared ===
+# === shared: evaluation ===
+EVAL_COLUMNS = ("global_step", "policy", "episodes", "return", "return_std", "length", "success")
+
+
+def act(policy, obs: np.ndarray, device: str) -> np.ndarray:
+    """One action (A,) of `policy`, a function of a batch of observations, for one observation (O,)."""
+    with torch.no_grad():
+        return policy(torch.from_numpy(obs).to(device)[None])[0].cpu().numpy()
+
+
+def evaluate(agent: Agent, env: gym.Env, args: Args, policy: str, global_step: int, frames: list | None = None) -> dict:
+    """A row of eval.csv: raw returns over `args.eval_episodes` episodes; `policy` is deterministic or stochastic.
+
+    Own environment and seeds, and the random state is put back afterwards: training is the same with and without it.
+    """
+    function = agent.actor.mode if policy == "deterministic" else lambda obs: agent.actor.sample(obs)[0]
+    results = []
+    with torch.random.fork_rng([args.device] if args.device.startswith("cuda") else []):
+        torch.manual_seed(args.seed)
+        for episode in range(args.eval_episodes):
+            (obs, _), done = env.reset(seed=episode_seed(args.seed, episode, evaluation=True)), False
+            while not done:
+                obs, _, terminated, truncated, info = env.step(act(function, np.float32(obs), args.device))
+                done = terminated or truncated
+                if frames is not None:
+                    frames.append(env.render())
+            results.append((info["episode"]["r"], info["episode"]["l"], info.get("success", math.nan)))
+    (mean, length, success), std = np.mean(results, axis=0), np.std(results, axis=0)[0]
+    row = (global_step, policy, args.eval_episodes, *(round(float(v), 4) for v in (mean, std, length, success)))
+    return dict(zip(EVAL_COLUMNS, row, strict=True))
+
+
+def evaluate_run(args: Args) -> Path:
+    """Evaluates the run in folder `args.evaluate`, prints the result and writes it there as evaluation.json."""
+    for field in dataclasses.fields(Args):
+        given, own = getattr(args, field.name), field.name in ("evaluate", "eval_episodes", "video", "device")
+        if given != field.default and not own:
+            fail(f"--{field.name.replace('_', '-')} {given}: --evaluate takes it from the run; leave it out")
+    saved, model = load_run("--evaluate", args.evaluate, "model.pt")
+    run = dataclasses.replace(saved, eval_episodes=args.eval_episodes, device=args.device)
+    configure(run)
+    env = make_env(run.env_id)
+    agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], run)
+    agent.load_state_dict(model["agent"])
+    step = model["global_step"]
+    result = {policy: evaluate(agent, env, run, policy, step) for policy in ("deterministic", "stochastic")}
+    result = {policy: {k: None if v != v else v for k, v in row.items()} for policy, row in result.items()}  # no NaN
+    text = json.dumps(result, indent=1)
+    print(text)
+    try:
+        write(Path(args.evaluate) / "evaluation.json", text.encode())
+    except OSError as error:
+        fail(f"--evaluate {args.evaluate}: {error}")
+    if args.video:
+        path, frames = Path(args.evaluate) / "video.gif", []
+        try:
+            import imageio  # comes with gymnasium[mujoco]
+
+            env = make_env(run.env_id, render_mode="rgb_array")
+            evaluate(agent, env, dataclasses.replace(run, eval_episodes=1), "deterministic", step, frames)
+            imageio.mimsave(path, frames, duration=1000 / env.metadata.get("render_fps", 30), loop=0)
+        except Exception as error:  # no display, no OpenGL, a missing package: every renderer has its own errors
+            fail(f"--video: cannot draw {run.env_id} here ({error}); without a display, MuJoCo wants MUJOCO_GL=egl")
+        print(f"the first deterministic episode: {path}")
+    return Path(args.evaluate)
+
+
+# === end shared ===
+# === shared: ppo main ===
+def main(args: Args) -> Path | None:
+    """Trains (or resumes, or evaluates) one agent and returns the folder of its run (None beside the first process)."""
+    check(args)
+    if args.evaluate:
+        return evaluate_run(args)
+    run_dir, checkpoint = args.resume, None
+    if args.resume:
+        args, checkpoint = resume_run(args)
+    elif args.total_timesteps is None:
+        args = dataclasses.replace(args, total_timesteps=500_000)
+    check_sizes(args)
+    if WORLD > 1:
+        if args.device.startswith("cuda"):
+            args = dataclasses.replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(args.device)
+        torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+    configure(args)
+    eval_env = make_env(args.env_id)
+    if RANK == 0:
+        run_dir = Path(run_dir) if checkpoint else new_run_dir(args)
+
+    torch.manual_seed(args.seed)
+    agent = Agent(eval_env.observation_space.shape[0], eval_env.action_space.shape[0], args)
+    global_step, eval_rows, earlier_time = 0, [], 0.0
+    rollout_steps = args.num_envs * args.num_steps
+
+    def due(every: int, step: int) -> bool:
+        """Whether the rollout that ended at `step` went over a multiple of `every`."""
+        return step // every > (step - rollout_steps) // every
+
+    if checkpoint:
+        global_step, eval_rows, earlier_time = (checkpoint[k] for k in ("global_step", "eval_rows", "wall_time"))
+        agent.load_state_dict(checkpoint["agent"])
+        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        torch.set_rng_state(checkpoint["rng"])
+        if args.device.startswith("cuda"):
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], args.device)
+        if global_step < args.total_timesteps:  # made longer: what was its end is not one any more
+            eval_rows = [
+                r for r in eval_rows if r["policy"] == "deterministic" and due(args.eval_every, r["global_step"])
+            ]
+    start_step = saved_step = global_step
+
+    writer = SummaryWriter(run_dir, purge_step=start_step + 1) if RANK == 0 else None
+    quiet = RANK > 0 or not sys.stderr.isatty()
+    progress = tqdm(initial=start_step, total=args.total_timesteps, disable=quiet, unit="step")
+    started, signals = time.perf_counter(), []
+    handlers = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    envs = make_envs(args)  # after the handlers, which processes of --async-envs inherit: Ctrl-C must not end them
+
+    def save():
+        wall_time = earlier_time + time.perf_counter() - started
+        model = {"script": SCRIPT, "args": dataclasses.asdict(args), "global_step": global_step}
+        model["agent"] = agent.state_dict()
+        state = {"optimizers": [optimizer.state_dict() for optimizer in agent.optimizers]}
+        state |= {"eval_rows": eval_rows, "wall_time": wall_time, "rng": torch.get_rng_state()}
+        if args.device.startswith("cuda"):
+            state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
+        write(run_dir / "checkpoint.pt", model | state)
+        write(run_dir / "model.pt", model)
+        write_eval(run_dir, eval_rows)
+        run = json.loads((run_dir / "run.json").read_text()) | {"args": model["args"], "global_step": global_step}
+        run |= {"wall_time": wall_time, "steps_per_second": global_step / wall_time}
+        write(run_dir / "run.json", json.dumps(run, indent=1).encode())
+
+    def stop(reason: str, code: int):
+        progress.close()
+        print(f"{SCRIPT}.py: step {global_step}: {reason}", file=sys.stderr)
+        raise SystemExit(code)
+
+    def report(metrics: dict[str, torch.Tensor], episodes: list[tuple[float, int]], last: bool):
+        """Logs a rollout and evaluates where that is due."""
+        speed = (global_step - start_step) / (time.perf_counter() - started)
+        scalars = {"charts/SPS": speed, "charts/learning_rate": agent.optimizers[0].lr}
+        if episodes:
+            scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0).tolist()
+        for key, value in metrics.items():  # a number, or one per expert
+            scalars |= {key + f"_{k}" * value.ndim: v for k, v in enumerate(value.flatten().tolist())}
+        for key, value in scalars.items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{key} is {value}")
+            writer.add_scalar(key, value, global_step)
+        if last or due(args.eval_every, global_step):
+            for policy in ("deterministic", "stochastic")[: 1 + last]:
+                row = evaluate(agent, eval_env, args, policy, global_step)
+                eval_rows.append(row)
+                text = f"{policy} return {row['return']:.1f}"
+                for key in ("return", "success"):
+                    if math.isfinite(row[key]):  # not every environment knows success
+                        tag = f"eval/{key}" + "_stochastic" * (policy == "stochastic")
+                        writer.add_scalar(tag, row[key], global_step)
+                        text += f", success {row[key]:.2f}" * (key == "success")
+                progress.write(f"step {global_step}/{args.total_timesteps}: {text}, {speed:.0f} steps/s")
+                progress.set_postfix_str(text)
+            write_eval(run_dir, eval_rows)
+
+    try:
+        sampler = Sampler(envs, args)
+        sampler.reset(global_step)
+        if RANK == 0:
+            save()  # from now on the run can be resumed
+        while global_step < args.total_timesteps:
+            if args.anneal_lr:
+                fraction = 1 - global_step / args.total_timesteps
+                for optimizer in agent.optimizers:
+                    optimizer.lr = fraction * args.learning_rate
+            rollout, episodes = sampler.rollout(agent)
+            batch = prepare(agent, rollout, args)
+            metrics = learn(agent, batch, args)
+            global_step += rollout_steps
+            progress.update(rollout_steps)
+
+            last = global_step >= args.total_timesteps
+            if RANK == 0:
+                report(metrics | agent.actor.diagnostics(batch.obs), episodes, last)
+            if last or due(args.checkpoint_every, global_step):
+                saved_step = global_step
+                if RANK == 0:
+                    save()
+                sampler.reset(global_step)
+            if average(torch.tensor(float(len(signals)), device=args.device)) > 0 and not last:  # of all processes
+                number = signal.Signals(signals[0] if signals else signal.SIGTERM)
+                stop(
+                    f"{number.name}; --resume {run_dir} goes on from its checkpoint of step {saved_step}", 128 + number
+                )
+    except FloatingPointError as error:
+        stop(f"{error}, the training has diverged; {run_dir} keeps its checkpoint", 1)
+    except OSError as error:
+        stop(f"{error}; what was saved last stands: free space, then --resume {run_dir}", 1)
+    finally:
+        envs.close()
+        if WORLD > 1:
+            torch.distributed.destroy_process_group()
+        progress.close()
+        if writer:
+            writer.close()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if RANK == 0:
+        print(f"{SCRIPT}.py: finished at step {global_step}; run folder {run_dir}")
+    return run_dir
+
+
+# === end shared ===
+if __name__ == "__main__":
+    main(tyro.cli(Args))
