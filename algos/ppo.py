@@ -55,12 +55,12 @@ class Args:
     # === shared: ppo run arguments ===
     env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10"  # Gymnasium id, arguments after "?"
     seed: int = 1  # seed of everything random
-    total_timesteps: int | None = None  # environment steps (default: 500,000; with --resume those of that run)
+    total_timesteps: int | None = None  # environment steps (default: 200,000; with --resume those of that run)
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to continue from its last checkpoint
     evaluate: str | None = None  # folder of a run to evaluate instead of training
     video: bool = False  # with --evaluate: also write video.gif into the run folder
-    eval_every: int = 50_000  # steps between evaluations, each at the end of a rollout
+    eval_every: int = 20_000  # steps between evaluations, each at the end of a rollout
     eval_episodes: int = 10  # episodes per evaluation
     checkpoint_every: int = 100_000  # steps between checkpoints, which end all episodes: see the docstring
     device: str = "cpu"  # cpu, cuda or cuda:N
@@ -662,7 +662,7 @@ def main(args: Args) -> Path | None:
     if args.resume:
         args, checkpoint = resume_run(args)
     elif args.total_timesteps is None:
-        args = dataclasses.replace(args, total_timesteps=500_000)
+        args = dataclasses.replace(args, total_timesteps=200_000)
     check_sizes(args)
     if WORLD > 1:
         if args.device.startswith("cuda"):

@@ -59,12 +59,12 @@ class Args:
     # === shared: ppo run arguments ===
     env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10"  # Gymnasium id, arguments after "?"
     seed: int = 1  # seed of everything random
-    total_timesteps: int | None = None  # environment steps (default: 500,000; with --resume those of that run)
+    total_timesteps: int | None = None  # environment steps (default: 200,000; with --resume those of that run)
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to continue from its last checkpoint
     evaluate: str | None = None  # folder of a run to evaluate instead of training
     video: bool = False  # with --evaluate: also write video.gif into the run folder
-    eval_every: int = 50_000  # steps between evaluations, each at the end of a rollout
+    eval_every: int = 20_000  # steps between evaluations, each at the end of a rollout
     eval_episodes: int = 10  # episodes per evaluation
     checkpoint_every: int = 100_000  # steps between checkpoints, which end all episodes: see the docstring
     device: str = "cpu"  # cpu, cuda or cuda:N
@@ -486,7 +486,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     noise = torch.randn(WORLD, *mean.shape, device=mean.device)[RANK]  # as if one process drew for the whole minibatch
     with torch.no_grad():
         q = agent.q(batch.obs, mean + agent.actor.log_std.exp() * noise)  # (B, K)
-        best = F.one_hot(q.argmax(1), q.shape[1]).float()  # (B, K)
+        best = torch.zeros_like(q).scatter_(1, q.argmax(1, keepdim=True), 1.0)  # (B, K), one-hot
     gate_loss = F.mse_loss(log_w.exp(), best)  # mean over batch and K
 
     loss = actor_loss + args.vf_coef * critic_loss + gate_loss
@@ -720,7 +720,7 @@ def main(args: Args) -> Path | None:
     if args.resume:
         args, checkpoint = resume_run(args)
     elif args.total_timesteps is None:
-        args = dataclasses.replace(args, total_timesteps=500_000)
+        args = dataclasses.replace(args, total_timesteps=200_000)
     check_sizes(args)
     if WORLD > 1:
         if args.device.startswith("cuda"):

@@ -29,7 +29,29 @@ def pmoe():
     return load("sac_pmoe")
 
 
+@pytest.fixture(scope="session")
+def ppo():
+    return load("ppo")
+
+
+@pytest.fixture(scope="session")
+def ppo_pmoe():
+    return load("ppo_pmoe")
+
+
 @pytest.fixture(scope="session", params=SCRIPTS)
 def script(request):
     """Every script in turn."""
+    return load(request.param)
+
+
+@pytest.fixture(scope="session", params=[name for name in SCRIPTS if name.startswith("sac")])
+def sac_script(request):
+    """Every script with a replay, in turn."""
+    return load(request.param)
+
+
+@pytest.fixture(scope="session", params=[name for name in SCRIPTS if name.startswith("ppo")])
+def ppo_script(request):
+    """Every on-policy script in turn."""
     return load(request.param)

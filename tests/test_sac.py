@@ -98,12 +98,12 @@ def test_update_equals_the_losses_written_out(sac):
 
 
 @pytest.mark.parametrize("entropy_too_low", [True, False])
-def test_temperature_rises_while_the_entropy_is_too_low(script, entropy_too_low):
-    args = script.Args(policy_lr=1e-9)
-    agent = script.Agent(3, 2, args)
+def test_temperature_rises_while_the_entropy_is_too_low(sac_script, entropy_too_low):
+    args = sac_script.Args(policy_lr=1e-9)
+    agent = sac_script.Agent(3, 2, args)
     agent.actor.head.bias.data.view(2, -1)[1] = -8.0 if entropy_too_low else 0.0  # log standard deviations
     before = agent.log_alpha.item()
-    script.update(agent, make_batch(script), args)
+    sac_script.update(agent, make_batch(sac_script), args)
     assert (agent.log_alpha.item() > before) == entropy_too_low
 
 
@@ -149,18 +149,18 @@ def test_replay_state_survives_saving(sac):
 
 
 @pytest.mark.parametrize(("terminated", "value"), [(True, 1.0), (False, 2.0)])
-def test_probe_value_of_a_terminal_and_of_a_truncated_transition(script, terminated, value):
+def test_probe_value_of_a_terminal_and_of_a_truncated_transition(sac_script, terminated, value):
     """Reward 1 and the end: Q = 1. Cut by a time limit instead, it goes on: Q = 1 + gamma Q = 2 at gamma 0.5."""
     torch.manual_seed(0)
-    args = script.Args(gamma=0.5, tau=0.2, q_lr=3e-3)
-    agent = script.Agent(1, 1, args)
+    args = sac_script.Args(gamma=0.5, tau=0.2, q_lr=3e-3)
+    agent = sac_script.Agent(1, 1, args)
     agent.log_alpha.data.fill_(-20.0)  # no entropy bonus
-    buffer = script.ReplayBuffer(101, 1, 1, torch.device("cpu"))
+    buffer = sac_script.ReplayBuffer(101, 1, 1, torch.device("cpu"))
     obs, actions = np.ones(1, np.float32), np.linspace(-1, 1, 50, dtype=np.float32)
     for action in actions:
         buffer.add(obs, action[None], 1.0, terminated, obs, True)
     for _ in range(250):
-        script.update(agent, buffer.sample(16), args)
+        sac_script.update(agent, buffer.sample(16), args)
     q = agent.critic(torch.ones(50, 1), torch.from_numpy(actions)[:, None])
     assert q.detach().numpy() == pytest.approx(value, abs=0.1)
 
@@ -173,12 +173,12 @@ class NoSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_update_does_not_synchronise(script):
-    args = script.Args()
-    agent = script.Agent(3, 2, args)
+def test_update_does_not_synchronise(sac_script):
+    args = sac_script.Args()
+    agent = sac_script.Agent(3, 2, args)
     agent.critic_optimizer.step = agent.actor_optimizer.step = agent.alpha_optimizer.step = lambda: None  # not ours
     with NoSynchronisation():
-        script.update(agent, make_batch(script), args)
+        sac_script.update(agent, make_batch(sac_script), args)
 
 
 class TwoSteps(gym.Env):
@@ -205,16 +205,16 @@ class TwoSteps(gym.Env):
 
 
 @pytest.mark.parametrize("terminates", [True, False])
-def test_loop_stores_terminated_and_the_last_observation(script, terminates, tmp_path):
-    env_id = f"TwoSteps{script.SCRIPT.replace('_', '')}{terminates}-v0"
+def test_loop_stores_terminated_and_the_last_observation(sac_script, terminates, tmp_path):
+    env_id = f"TwoSteps{sac_script.SCRIPT.replace('_', '')}{terminates}-v0"
     gym.register(env_id, TwoSteps, max_episode_steps=10, kwargs={"terminates": terminates})
-    args = script.Args(env_id=env_id, total_timesteps=40, learning_starts=30, batch_size=8, buffer_size=1000)
-    script.main(script.dataclasses.replace(args, run_dir=str(tmp_path / "run"), eval_episodes=1))
+    args = sac_script.Args(env_id=env_id, total_timesteps=40, learning_starts=30, batch_size=8, buffer_size=1000)
+    sac_script.main(sac_script.dataclasses.replace(args, run_dir=str(tmp_path / "run"), eval_episodes=1))
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["buffer"]
     assert saved["count"] == 40
     rows = saved["starts"][: saved["count"]]
     assert saved["obs"][rows, 0].tolist() == [0.0, 1.0] * 20
     assert saved["obs"][rows + 1, 0].tolist() == [1.0, 2.0] * 20
     assert saved["terminated"][rows].tolist() == [0.0, float(terminates)] * 20
-    script.main(script.Args(resume=str(tmp_path / "run"), total_timesteps=50))
+    sac_script.main(sac_script.Args(resume=str(tmp_path / "run"), total_timesteps=50))
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["buffer"]["count"] == 50

@@ -18,13 +18,22 @@ import torch
 from conftest import ALGOS, SCRIPTS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-TINY = dict(env_id="Pendulum-v1", total_timesteps=220, learning_starts=150, batch_size=16, eval_every=110)
-TINY |= dict(eval_episodes=1, checkpoint_every=160, buffer_size=1000, num_threads=1)
+COMMON = dict(env_id="Pendulum-v1", total_timesteps=220, eval_every=110, eval_episodes=1, num_threads=1)
+TINY = {
+    "sac": COMMON | dict(learning_starts=150, batch_size=16, checkpoint_every=160, buffer_size=1000),
+    "ppo": COMMON | dict(num_envs=2, num_steps=11, num_minibatches=2, update_epochs=2, checkpoint_every=110),
+}
+TINY["ppo"]["env_id"] = "Pendulum-v1?max_episode_steps=40"  # some of its episodes shall end
+
+
+def family(script) -> str:
+    """Key of TINY: "sac" or "ppo"."""
+    return script.SCRIPT.split("_")[0]
 
 
 def train(script, folder, **changes):
     """Runs `script` in this process; returns the folder of the run."""
-    return script.main(script.Args(**(TINY | {"run_dir": str(folder)} | changes)))
+    return script.main(script.Args(**(TINY[family(script)] | {"run_dir": str(folder)} | changes)))
 
 
 def model(folder) -> dict:
@@ -58,7 +67,8 @@ def test_same_seed_same_run_and_other_seed_another(script, finished, tmp_path):
 
 
 def test_evaluation_and_checkpoints_do_not_change_training(script, finished, tmp_path):
-    other = train(script, tmp_path / "run", eval_every=47, eval_episodes=2, checkpoint_every=31)
+    checkpoints = {"checkpoint_every": 31} if family(script) == "sac" else {}  # PPO's end the running episodes
+    other = train(script, tmp_path / "run", eval_every=47, eval_episodes=2, **checkpoints)
     assert same(model(finished), model(other))
 
 
@@ -89,10 +99,10 @@ def test_saved_model_evaluates_as_in_training(script, finished, capsys):
 
 
 @pytest.mark.parametrize(("update_every", "updates"), [(1, 31), (4, 8)])
-def test_updates_start_and_repeat_as_told(script, tmp_path, update_every, updates, monkeypatch):
-    update, calls = script.update, []
-    monkeypatch.setattr(script, "update", lambda *arguments: calls.append(1) or update(*arguments))
-    train(script, tmp_path / "run", total_timesteps=130, learning_starts=100, update_every=update_every)
+def test_updates_start_and_repeat_as_told(sac_script, tmp_path, update_every, updates, monkeypatch):
+    update, calls = sac_script.update, []
+    monkeypatch.setattr(sac_script, "update", lambda *arguments: calls.append(1) or update(*arguments))
+    train(sac_script, tmp_path / "run", total_timesteps=130, learning_starts=100, update_every=update_every)
     assert len(calls) == updates  # after the steps 100, 101, ..., 130, or 100, 104, ..., 128
 
 
@@ -106,8 +116,11 @@ def test_video(script, tmp_path):
 @pytest.mark.parametrize("script_name", SCRIPTS)
 def test_resume_after_kill_9_is_exact(script_name, tmp_path):
     """Target-reaching, killed at a moment that depends on the machine, in the middle of an episode."""
-    settings = dict(total_timesteps=650, learning_starts=350, batch_size=16, eval_every=200, eval_episodes=1)
-    settings |= dict(checkpoint_every=130)
+    settings = dict(total_timesteps=650, learning_starts=350, batch_size=16, eval_every=200, checkpoint_every=130)
+    if script_name.startswith("ppo"):
+        settings = dict(total_timesteps=1600, num_envs=4, num_steps=20, num_minibatches=4, update_epochs=4)
+        settings |= dict(eval_every=400, checkpoint_every=240)
+    settings["eval_episodes"] = 1
     whole = start(script_name, *flags(**settings, run_dir=tmp_path / "whole"))
     killed = start(script_name, *flags(**settings, run_dir=tmp_path / "killed"))
     evaluations = tmp_path / "killed" / "eval.csv"
@@ -116,7 +129,7 @@ def test_resume_after_kill_9_is_exact(script_name, tmp_path):
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     stopped_at = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["global_step"]
-    assert 390 <= stopped_at < 650
+    assert 240 <= stopped_at < settings["total_timesteps"]
     resumed = start(script_name, *flags(resume=tmp_path / "killed"))
     output, _ = resumed.communicate()
     assert resumed.returncode == 0, output
@@ -126,9 +139,13 @@ def test_resume_after_kill_9_is_exact(script_name, tmp_path):
 
 
 @pytest.mark.parametrize(("number", "buffer_size"), [(signal.SIGINT, 1000), (signal.SIGTERM, 60)])
-def test_signal_writes_a_checkpoint_and_resume_is_exact(script, tmp_path, number, buffer_size, monkeypatch, capsys):
-    """Also where the replay has turned over and is shorter than the running episode."""
-    whole = train(script, tmp_path / "whole", buffer_size=buffer_size)
+def test_resume_after_a_signal_is_exact(script, tmp_path, number, buffer_size, monkeypatch, capsys):
+    """SAC writes a checkpoint at once, also where the replay has turned over and is shorter than the running episode.
+
+    PPO goes back to the one before the rollout in which the signal came.
+    """
+    changes = {"buffer_size": buffer_size} if family(script) == "sac" else {}
+    whole = train(script, tmp_path / "whole", **changes)
     update, calls = script.update, []
 
     def update_then_signal(*arguments):
@@ -139,30 +156,36 @@ def test_signal_writes_a_checkpoint_and_resume_is_exact(script, tmp_path, number
 
     monkeypatch.setattr(script, "update", update_then_signal)
     with pytest.raises(SystemExit) as stop:
-        train(script, tmp_path / "run", buffer_size=buffer_size)
+        train(script, tmp_path / "run", **changes)
     assert stop.value.code == 128 + number
     assert f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["global_step"] == 176
+    assert (
+        torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["global_step"]
+        == {"sac": 176, "ppo": 110}[family(script)]
+    )
     script.main(script.Args(resume=str(tmp_path / "run")))
     assert same(model(whole), model(tmp_path / "run"))
     assert (whole / "eval.csv").read_bytes() == (tmp_path / "run" / "eval.csv").read_bytes()
 
 
-def test_finished_run_can_be_made_longer(script, finished, tmp_path):
-    shutil.copytree(finished, tmp_path / "run")
-    script.main(script.Args(resume=str(tmp_path / "run"), total_timesteps=240))
-    whole = train(script, tmp_path / "whole", total_timesteps=240)
+def test_finished_run_can_be_made_longer(script, tmp_path):
+    changes = {} if family(script) == "sac" else {"anneal_lr": False}  # to where depends on the length
+    train(script, tmp_path / "run", **changes)
+    script.main(script.Args(resume=str(tmp_path / "run"), total_timesteps=242))
+    whole = train(script, tmp_path / "whole", total_timesteps=242, **changes)
     assert same(model(whole), model(tmp_path / "run"))
     assert (whole / "eval.csv").read_bytes() == (tmp_path / "run" / "eval.csv").read_bytes()
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["args"]["total_timesteps"] == 240
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["args"]["total_timesteps"] == 242
 
 
 def test_divergence_stops_the_run_and_keeps_the_checkpoint(script, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        train(script, tmp_path / "run", q_lr=1e30, checkpoint_every=140)
+        changes = {"sac": {"q_lr": 1e30, "checkpoint_every": 140}, "ppo": {"learning_rate": 1e30}}[family(script)]
+        train(script, tmp_path / "run", **changes)
     assert stop.value.code == 1 and "diverged" in capsys.readouterr().err
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["global_step"] == 140 and all(v.isfinite().all() for v in saved["agent"].values())
+    assert saved["global_step"] == {"sac": 140, "ppo": 0}[family(script)]
+    assert all(v.isfinite().all() for v in saved["agent"].values())
 
 
 def test_full_disk_keeps_the_last_checkpoint(script, finished, tmp_path, monkeypatch, capsys):
@@ -170,8 +193,10 @@ def test_full_disk_keeps_the_last_checkpoint(script, finished, tmp_path, monkeyp
     size = (finished / "checkpoint.pt").stat().st_size
     save, limits = torch.save, resource.getrlimit(resource.RLIMIT_FSIZE)
 
+    second = TINY[family(script)]["checkpoint_every"]
+
     def less_space_after_the_second_checkpoint(data, file):
-        if data["global_step"] > 160:
+        if data["global_step"] > second:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
         save(data, file)
 
@@ -184,7 +209,7 @@ def test_full_disk_keeps_the_last_checkpoint(script, finished, tmp_path, monkeyp
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "cannot write" in error and error.count("\n") == 1
     assert not list((tmp_path / "run").glob("*.tmp"))
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["global_step"] == 160
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["global_step"] == second
     monkeypatch.undo()
     script.main(script.Args(resume=str(tmp_path / "run")))
     assert same(model(tmp_path / "run"), model(finished))
@@ -206,15 +231,16 @@ def test_it_runs_without_git(script, tmp_path, monkeypatch):
 
 def test_tensorboard_has_the_curves_and_keeps_them_over_a_resume(script, finished, tmp_path):
     shutil.copytree(finished, tmp_path / "run")
-    script.main(script.Args(resume=str(tmp_path / "run"), total_timesteps=230))
+    script.main(script.Args(resume=str(tmp_path / "run"), total_timesteps=242))
     events = EventAccumulator(str(tmp_path / "run")).Reload()
     keys = {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "eval/return", "eval/return_stochastic"}
-    keys |= {"losses/critic", "losses/actor", "losses/alpha", "policy/alpha", "policy/entropy"}
-    if script.SCRIPT == "sac_pmoe":
+    keys |= {"losses/critic", "losses/actor", "policy/entropy"}
+    keys |= {"sac": {"losses/alpha", "policy/alpha"}, "ppo": {"policy/kl", "policy/clipped"}}[family(script)]
+    if script.SCRIPT.endswith("pmoe"):
         keys |= {"losses/gate", "moe/gate_entropy", "moe/expert_distance"}
         keys |= {f"moe/{name}_{k}" for name in ("usage", "wins") for k in range(4)}
     assert keys <= set(events.Tags()["scalars"])
-    assert [event.step for event in events.Scalars("eval/return")] == [110, 220, 230]
+    assert [event.step for event in events.Scalars("eval/return")] == [110, 220, 242]
 
 
 def corrupt(folder):
@@ -253,13 +279,8 @@ WRONG = {
     "unknown environment argument": (dict(env_id="moe_envs:TargetReaching-v0?colour=red"), "colour"),
     "argument without value": (dict(env_id="moe_envs:TargetReaching-v0?layout"), "--env-id"),
     "no steps": (dict(total_timesteps=0), "--total-timesteps 0"),
-    "negative batch": (dict(batch_size=-4), "--batch-size -4"),
     "negative seed": (dict(seed=-1), "--seed -1"),
     "gamma above one": (dict(gamma=1.5), "--gamma 1.5"),
-    "learning rate zero": (dict(q_lr=0.0), "--q-lr 0.0"),
-    "learning rate nan": (dict(policy_lr=math.nan), "--policy-lr nan"),
-    "buffer larger than memory": (dict(buffer_size=10**13), "--buffer-size 10000000000000"),
-    "learning rate infinite": (dict(q_lr=math.inf), "--q-lr inf"),
     "device without memory": (dict(device="meta"), "--device meta"),
     "environment with a broken file": (dict(env_id="Ant-v5?xml_file=/no/file.xml"), "--env-id Ant-v5"),
     "no cuda here": (dict(device="cuda:99"), "--device cuda:99"),
@@ -268,18 +289,46 @@ WRONG = {
     "nothing to resume": (dict(resume="no/such/run"), "--resume no/such/run"),
     "video without evaluation": (dict(video=True), "--video"),
 }
+WRONG_SAC = {
+    "negative batch": (dict(batch_size=-4), "--batch-size -4"),
+    "learning rate zero": (dict(q_lr=0.0), "--q-lr 0.0"),
+    "learning rate nan": (dict(policy_lr=math.nan), "--policy-lr nan"),
+    "buffer larger than memory": (dict(buffer_size=10**13), "--buffer-size 10000000000000"),
+    "learning rate infinite": (dict(q_lr=math.inf), "--q-lr inf"),
+}
+WRONG_PPO = {
+    "learning rate infinite": (dict(learning_rate=math.inf), "--learning-rate inf"),
+    "no KL divergence allowed": (dict(target_kl=0.0), "--target-kl 0.0"),
+    "lambda above one": (dict(gae_lambda=1.1), "--gae-lambda 1.1"),
+    "minibatches that do not divide the rollout": (dict(num_minibatches=3), "--num-minibatches 3"),
+    "minibatches of one step": (dict(num_minibatches=22), "--num-minibatches 22"),
+    "no environments": (dict(num_envs=0), "--num-envs 0"),
+}
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_input_is_one_line_that_names_the_flag(script, tmp_path, name, monkeypatch, capsys):
+def wrong_input(script, wrong, expected, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    wrong, expected = WRONG[name]
     with pytest.raises(SystemExit) as stop:
-        script.main(script.Args(**(TINY | wrong)))
+        script.main(script.Args(**(TINY[family(script)] | wrong)))
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and expected in error, error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_input_is_one_line_that_names_the_flag(script, tmp_path, name, monkeypatch, capsys):
+    wrong_input(script, *WRONG[name], tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name", WRONG_SAC)
+def test_wrong_input_of_sac(sac_script, tmp_path, name, monkeypatch, capsys):
+    wrong_input(sac_script, *WRONG_SAC[name], tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("name", WRONG_PPO)
+def test_wrong_input_of_ppo(ppo_script, tmp_path, name, monkeypatch, capsys):
+    wrong_input(ppo_script, *WRONG_PPO[name], tmp_path, monkeypatch, capsys)
 
 
 def test_evaluate_takes_the_run_as_it_is(script, finished, capsys):
@@ -294,11 +343,10 @@ def test_evaluate_takes_the_run_as_it_is(script, finished, capsys):
         assert stop.value.code == 2 and error.count("\n") == 1 and expected in error
 
 
-def test_zero_experts_and_other_mixture_errors(pmoe, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        pmoe.main(pmoe.Args(**TINY, num_experts=0))
-    assert stop.value.code == 2 and "--num-experts 0" in capsys.readouterr().err and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name", ["pmoe", "ppo_pmoe"])
+def test_zero_experts(name, request, tmp_path, monkeypatch, capsys):
+    script = request.getfixturevalue(name)
+    wrong_input(script, dict(num_experts=0), "--num-experts 0", tmp_path, monkeypatch, capsys)
 
 
 def test_run_folder_of_another_run_is_refused(script, finished, capsys):
@@ -339,13 +387,13 @@ def test_copied_alone_it_runs(script_name, tmp_path):
     names += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     assert not {name.split(".")[0] for name in names} & {"moe_envs", "envs", "algos", "results", *SCRIPTS}
     shutil.copy(ALGOS / f"{script_name}.py", tmp_path)
-    small = {k: v for k, v in TINY.items() if k != "total_timesteps"}
-    process = start(script_name, *flags(**small, total_timesteps=150), cwd=tmp_path, path=tmp_path)
+    small = TINY[script_name.split("_")[0]] | {"total_timesteps": 154}
+    process = start(script_name, *flags(**small), cwd=tmp_path, path=tmp_path)
     output, _ = process.communicate()
     assert process.returncode == 0, output
-    assert "step 150/150" in output  # plain lines where there is no terminal
+    assert "step 154/154" in output  # plain lines where there is no terminal
     (run,) = (tmp_path / "runs").iterdir()
-    assert run.name.startswith(f"Pendulum-v1__{script_name}__s1__") and (run / "model.pt").exists()
+    assert run.name.startswith("Pendulum-v1") and f"__{script_name}__s1__" in run.name and (run / "model.pt").exists()
 
 
 def test_help_shows_every_flag(script, capsys, monkeypatch):

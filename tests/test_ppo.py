@@ -1,0 +1,351 @@
+"""The mathematics of PPO: advantages, the clipped objective, Adam, moments, probe problems, vector environments."""
+
+import os
+import subprocess
+import sys
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import ALGOS
+from test_sac import NoSynchronisation
+from torch.distributions import Normal
+
+
+def make_batch(module, batch_size=64, obs_dim=3, action_dim=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(batch_size, obs_dim + action_dim + 3, generator=generator)
+    obs, action, (log_prob, advantage, target) = noise[:, :obs_dim], noise[:, obs_dim:-3], noise[:, -3:].T
+    return module.Batch(obs, action, 0.3 * log_prob - 2.5, advantage, target)
+
+
+def run(module, folder, **changes):
+    """A short run of `module` in this process; returns its agent's tensors."""
+    settings = dict(env_id="Pendulum-v1", total_timesteps=240, num_envs=4, num_steps=20, num_minibatches=4)
+    settings |= dict(update_epochs=2, eval_every=10**6, eval_episodes=1, run_dir=str(folder))
+    module.main(module.Args(**(settings | changes)))
+    return torch.load(folder / "model.pt", weights_only=True)["agent"]
+
+
+# Advantages
+
+
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.7, 1.0])
+def test_gae_of_the_true_value_is_zero(ppo, gae_lambda):
+    """Deterministic rewards and the true V: nothing to gain, at terminated, truncated and running ends alike."""
+    args, rng = ppo.Args(gamma=0.9, gae_lambda=gae_lambda), np.random.default_rng(0)
+    steps, envs = 30, 5
+    reward, ends = rng.normal(size=(steps, envs)), rng.random((steps, envs))
+    terminated, done = ends < 0.1, ends < 0.25
+    next_value = rng.normal(size=(steps, envs))  # V after a time limit or the last row: anything, as there is no more
+    value = np.empty((steps, envs))
+    for t in reversed(range(steps)):
+        if t < steps - 1:
+            next_value[t] = np.where(done[t], next_value[t], value[t + 1])
+        value[t] = reward[t] + 0.9 * np.where(terminated[t], 0, next_value[t])
+    data = [torch.tensor(x, dtype=torch.float64) for x in (reward, value, next_value, terminated, done)]
+    assert terminated.any() and (done & ~terminated).any() and not done[-1].all()
+    torch.testing.assert_close(ppo.gae(*data, args), torch.zeros(steps, envs, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_gae_by_its_definition(ppo):
+    """sum_l (gamma lambda)^l delta_{t+l} up to the end of the episode or of the rollout."""
+    args = ppo.Args(gamma=0.9, gae_lambda=0.7)
+    generator = torch.Generator().manual_seed(0)
+    reward, value, next_value, ends = torch.randn(4, 12, 1, generator=generator, dtype=torch.float64)
+    terminated, done = (ends < -1).double(), (ends < -0.5).double()
+    advantage = ppo.gae(reward, value, next_value, terminated, done, args)
+    delta = reward + 0.9 * (1 - terminated) * next_value - value
+    for t in range(12):
+        last = next((i for i in range(t, 12) if done[i]), 11)
+        expected = sum((0.9 * 0.7) ** (i - t) * delta[i] for i in range(t, last + 1))
+        torch.testing.assert_close(advantage[t], expected)
+
+
+class TwoSteps(gym.Env):
+    """Observation 0, then 1, then the end, with reward 1 each; it changes its one observation in place."""
+
+    observation_space = gym.spaces.Box(-10, 10, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, terminates=True):
+        self.terminates, self.obs = terminates, np.zeros(1, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.obs[:] = 0
+        return self.obs, {}
+
+    def step(self, action):
+        self.obs += 1
+        return self.obs, 1, self.obs[0] == 2 and self.terminates, self.obs[0] == 2 and not self.terminates, {}
+
+
+for end in (True, False):
+    gym.register(f"PPOTwoSteps{end}-v0", TwoSteps, max_episode_steps=10, kwargs={"terminates": end})
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("terminates", [True, False])
+def test_rollout_has_the_last_observation_and_both_masks(ppo, terminates, asynchronous):
+    args = ppo.Args(env_id=f"PPOTwoSteps{terminates}-v0", num_envs=3, num_steps=5, gamma=0.5, async_envs=asynchronous)
+    envs = ppo.make_envs(args)
+    sampler = ppo.Sampler(envs, args)
+    sampler.reset(0)
+    rollout, episodes = sampler.rollout(ppo.Agent(1, 1, args))
+    envs.close()
+    for i in range(3):
+        assert rollout.obs[:, i, 0].tolist() == [0, 1, 0, 1, 0]
+        assert rollout.next_obs[:, i, 0].tolist() == [1, 2, 1, 2, 1]
+        assert rollout.done[:, i].tolist() == [0, 1, 0, 1, 0]
+        assert rollout.terminated[:, i].tolist() == [0, terminates, 0, terminates, 0]
+        assert rollout.discounted[:, i].tolist() == [1, 1.5, 1, 1.5, 1]
+    assert episodes == [(2, 2)] * 6
+    assert sampler.obs.tolist() == [[1.0]] * 3
+
+
+class NothingChanges(TwoSteps):
+    """Reward 1 and the observation 0 for ever, in pieces of two steps."""
+
+    def step(self, action):
+        _, reward, _, truncated, info = super().step(action)
+        return np.zeros(1, np.float32), reward, False, truncated, info
+
+
+gym.register("PPONothingChanges-v0", NothingChanges, max_episode_steps=10, kwargs={"terminates": False})
+
+
+def train(script, env_id, **changes):
+    """An agent after a few rollouts in a probe environment."""
+    torch.manual_seed(0)
+    args = dict(num_envs=8, num_steps=32, num_minibatches=4, update_epochs=5, learning_rate=1e-2)
+    args = script.Args(env_id=env_id, **(args | changes))
+    agent, envs = script.Agent(1, 1, args), script.make_envs(args)
+    sampler = script.Sampler(envs, args)
+    sampler.reset(0)
+    for _ in range(15):
+        script.learn(agent, script.prepare(agent, sampler.rollout(agent)[0], args), args)
+    return agent
+
+
+@pytest.mark.parametrize(
+    ("env_id", "values"), [("PPOTwoStepsTrue-v0", [1.5, 1.0]), ("PPONothingChanges-v0", [2.0])], ids=["end", "limit"]
+)
+def test_probe_values(ppo_script, env_id, values):
+    """At gamma 0.5: reward 1 twice, then the end, has V = 1 + 0.5, 1; reward 1 for ever has V = 1 / (1 - 0.5)."""
+    agent = train(ppo_script, env_id, gamma=0.5)
+    with torch.no_grad():
+        value = agent.actor(agent.actor.normalize(torch.arange(len(values))[:, None]))[-1]
+    torch.testing.assert_close(value / agent.return_moments.scale, torch.tensor(values), rtol=0, atol=0.05)
+
+
+class ActionIsReward(TwoSteps):
+    """Episodes of one step; the reward is -(a - 0.5)^2, so the best action is 0.5."""
+
+    def step(self, action):
+        return self.obs, -float((action[0] - 0.5) ** 2), True, False, {}
+
+
+gym.register("PPOActionIsReward-v0", ActionIsReward, max_episode_steps=10)
+
+
+def test_probe_policy(ppo_script):
+    agent = train(ppo_script, "PPOActionIsReward-v0")
+    assert agent.actor.mode(torch.zeros(1, 1)).item() == pytest.approx(0.5, abs=0.1)
+
+
+# One update
+
+
+def test_log_prob_and_entropy_against_torch_distributions(ppo):
+    actor = ppo.ActorCritic(3, 2, ppo.Args()).double()
+    actor.log_std.data = torch.tensor([-0.7, 0.4], dtype=torch.float64)
+    obs, action = torch.randn(50, 3, dtype=torch.float64), 3 * torch.randn(50, 2, dtype=torch.float64)
+    mean, _ = actor(obs)
+    normal = Normal(mean, actor.log_std.exp())
+    torch.testing.assert_close(actor.log_prob(mean, action), normal.log_prob(action).sum(1))
+    torch.testing.assert_close(actor.entropy(), normal.entropy()[0].sum())
+
+
+def test_trunks_equal_two_plain_networks(ppo):
+    actor, obs = ppo.ActorCritic(3, 2, ppo.Args()), torch.randn(7, 3)
+    t = actor.trunks
+    for i, (head, output) in enumerate(zip((actor.mean, actor.value), actor(obs), strict=True)):
+        x = ((obs @ t.w1[i] + t.b1[i]).tanh() @ t.w2[i] + t.b2[i]).tanh()
+        torch.testing.assert_close((x @ head.w + head.b).squeeze(1) if i else x @ head.w + head.b, output)
+        torch.testing.assert_close(t.w2[i] @ t.w2[i].T, 2 * torch.eye(64), atol=1e-4, rtol=0)  # gain sqrt(2)
+    torch.testing.assert_close(actor.mean.w.T @ actor.mean.w, 1e-4 * torch.eye(2), atol=1e-7, rtol=0)
+
+
+def textbook_loss(agent, batch, args):
+    """As in the paper, through torch.distributions and automatic differentiation of the minimum."""
+    mean, value = agent.actor(batch.obs)
+    normal = Normal(mean, agent.actor.log_std.exp())
+    ratio = (normal.log_prob(batch.action).sum(1) - batch.log_prob).exp()
+    clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    actor_loss = -torch.min(ratio * batch.advantage, clipped * batch.advantage).mean()
+    critic_loss = (value - batch.target).square().mean()
+    entropy = normal.entropy().sum(1).mean()
+    return actor_loss + args.vf_coef * critic_loss - args.ent_coef * entropy, actor_loss, critic_loss
+
+
+def test_updates_equal_the_textbook_with_torch_adam_and_clipping(ppo):
+    args = ppo.Args(ent_coef=0.1, max_grad_norm=0.3, learning_rate=1e-2)
+    torch.manual_seed(0)
+    agent, plain = ppo.Agent(3, 2, args), ppo.Agent(3, 2, args)
+    plain.load_state_dict(agent.state_dict())
+    adam = torch.optim.Adam(plain.parameters(), lr=1e-2, eps=1e-5)
+    norms = []
+    for step in range(5):
+        batch = make_batch(ppo, seed=step)
+        loss, actor_loss, critic_loss = textbook_loss(plain, batch, args)
+        adam.zero_grad()
+        loss.backward()
+        norms.append(nn.utils.clip_grad_norm_(plain.parameters(), args.max_grad_norm).item())
+        adam.step()
+        metrics = ppo.update(agent, batch, args)
+        torch.testing.assert_close(metrics["losses/actor"], actor_loss.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(metrics["losses/critic"], critic_loss.detach(), rtol=1e-4, atol=1e-6)
+        for (name, a), b in zip(agent.named_parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5, msg=f"{name}, step {step}")
+    assert max(norms) > args.max_grad_norm  # the clipping was at work
+
+
+def test_update_does_not_synchronise(ppo_script):
+    args = ppo_script.Args()
+    agent = ppo_script.Agent(3, 2, args)
+    with NoSynchronisation():
+        ppo_script.update(agent, make_batch(ppo_script), args)
+
+
+def test_ratio_starts_at_one_and_kl_stops_the_passes(ppo_script, monkeypatch):
+    args = ppo_script.Args(num_envs=4, num_steps=16, num_minibatches=1, update_epochs=4, learning_rate=1e-2)
+    torch.manual_seed(0)
+    agent = ppo_script.Agent(17, 2, args)
+    sampler = ppo_script.Sampler(ppo_script.make_envs(args), args)
+    sampler.reset(0)
+    update, ratios = ppo_script.update, []
+    monkeypatch.setattr(ppo_script, "update", lambda *a: ratios.append(update(*a)) or dict(ratios[-1]))
+    ppo_script.learn(agent, ppo_script.prepare(agent, sampler.rollout(agent)[0], args), args)
+    assert len(ratios) == 4 and ratios[0]["log_ratio"].abs().max() < 1e-5 < ratios[1]["log_ratio"].abs().max()
+    args = ppo_script.dataclasses.replace(args, target_kl=1e-6)
+    metrics = ppo_script.learn(agent, ppo_script.prepare(agent, sampler.rollout(agent)[0], args), args)
+    assert len(ratios) == 4 + 2 and metrics["policy/kl"] > 1e-6  # the first pass starts with no distance at all
+
+
+def test_minibatches_take_every_row_once_and_normalise_their_advantages(ppo, monkeypatch):
+    args = ppo.Args(num_minibatches=4, update_epochs=2)
+    batch, seen = make_batch(ppo), []
+    zero = {"log_ratio": torch.zeros(16)}
+    monkeypatch.setattr(ppo, "update", lambda agent, minibatch, args: seen.append(minibatch) or dict(zero))
+    ppo.learn(None, batch, args)
+    assert len(seen) == 8
+    for half in (seen[:4], seen[4:]):
+        targets = torch.cat([minibatch.target for minibatch in half])
+        assert torch.equal(targets.sort()[0], batch.target.sort()[0])
+    for minibatch in seen:
+        rows = [(batch.target == target).nonzero().item() for target in minibatch.target]
+        advantage = batch.advantage[rows]
+        assert torch.equal(minibatch.obs, batch.obs[rows])
+        torch.testing.assert_close(minibatch.advantage, (advantage - advantage.mean()) / (advantage.std() + 1e-8))
+
+
+# Moments
+
+
+def test_moments_equal_those_of_all_data(ppo):
+    moments, data = ppo.Moments(3), 5 + 3 * torch.randn(1000, 3)
+    for part in data.split([1, 99, 400, 500]):
+        moments.update(part)
+    torch.testing.assert_close(moments.mean, data.double().mean(0))
+    torch.testing.assert_close(moments.var, data.double().var(0, correction=0))
+    expected = (data - data.mean(0)) / data.std(0, correction=0)
+    torch.testing.assert_close(moments(data), expected, rtol=1e-4, atol=1e-4)
+    assert moments(torch.full((1, 3), 1e6)).tolist() == [[10.0] * 3]
+    other = ppo.Moments(3)
+    other.load_state_dict(moments.state_dict())
+    assert torch.equal(moments(data), other(data))
+
+
+def test_run_saves_the_moments_of_what_it_saw_and_evaluation_leaves_them(ppo, tmp_path, monkeypatch):
+    seen, prepare = [], ppo.prepare
+    monkeypatch.setattr(
+        ppo, "prepare", lambda agent, rollout, args: seen.append(rollout) or prepare(agent, rollout, args)
+    )
+    saved = run(ppo, tmp_path / "run", eval_every=80)
+    obs = torch.cat([rollout.obs.flatten(0, 1) for rollout in seen]).double()
+    torch.testing.assert_close(saved["actor.normalize.mean"], obs.mean(0))
+    torch.testing.assert_close(saved["actor.normalize.var"], obs.var(0, correction=0))
+    returns = torch.cat([rollout.discounted.flatten() for rollout in seen]).double()
+    torch.testing.assert_close(saved["return_moments.var"], returns.var(correction=0))
+    assert saved["actor.normalize.count"] == 240
+
+
+# Vector environments
+
+
+gym.register("PPOSingle-v0", "moe_envs.target_reaching:TargetReaching", max_episode_steps=15)
+gym.register(
+    "PPOVector-v0",
+    "moe_envs.target_reaching:TargetReaching",
+    vector_entry_point="moe_envs.target_reaching:TargetReachingVec",
+    max_episode_steps=15,
+)
+
+
+def test_vectorised_single_and_asynchronous_environments_train_alike(ppo, tmp_path):
+    """Random layouts and a short limit, so that seeds and truncation matter."""
+    one = run(ppo, tmp_path / "vector", env_id="PPOVector-v0")
+    two = run(ppo, tmp_path / "single", env_id="PPOSingle-v0")
+    three = run(ppo, tmp_path / "async", env_id="PPOVector-v0", async_envs=True)
+    for key in one:
+        assert torch.equal(one[key], two[key]) and torch.equal(one[key], three[key]), key
+
+
+def test_every_environment_has_its_own_seed(ppo):
+    args = ppo.Args(env_id="PPOVector-v0", num_envs=4, num_steps=10)
+    envs, starts = ppo.make_envs(args), []
+    sampler = ppo.Sampler(envs, args)
+    for step in (0, 40, 80):
+        sampler.reset(step)
+        starts += [tuple(obs) for obs in sampler.obs]
+    assert len(set(starts)) == 12
+    sampler.reset(40)
+    assert [tuple(obs) for obs in sampler.obs] == starts[4:8]
+
+
+# Data parallel
+
+
+PARALLEL = """
+import importlib.util, sys, torch
+spec = importlib.util.spec_from_file_location(sys.argv[1], sys.argv[2] + "/" + sys.argv[1] + ".py")
+script = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+agents, agent = [], script.Agent
+script.Agent = lambda *a: agents.append(agent(*a)) or agents[-1]
+script.main(script.Args(env_id="moe_envs:TargetReaching-v0?max_episode_steps=30", total_timesteps=120, num_envs=4,
+    num_steps=10, num_minibatches=4, update_epochs=2, eval_every=60, eval_episodes=1, checkpoint_every=80,
+    target_kl=1.0, run_dir=sys.argv[3]))
+torch.save(agents[0].state_dict(), f"{sys.argv[3]}/agent{script.RANK}.pt")
+"""
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_pmoe"])
+def test_two_processes_equal_one(name, tmp_path):
+    """Weights and moments are the same in both processes, and those of one process up to rounding."""
+    (tmp_path / "parallel.py").write_text(PARALLEL)
+    command = [str(tmp_path / "parallel.py"), name, str(ALGOS)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    jobs = [
+        subprocess.Popen([*start, *command, str(tmp_path / folder)], env=os.environ | {"OMP_NUM_THREADS": "1"})
+        for start, folder in (([sys.executable], "one"), (launch, "two"))
+    ]
+    assert [job.wait() for job in jobs] == [0, 0]
+    one, *two = (torch.load(tmp_path / f) for f in ("one/agent0.pt", "two/agent0.pt", "two/agent1.pt"))
+    for key in one:
+        assert torch.equal(two[0][key], two[1][key]), key
+        torch.testing.assert_close(one[key], two[0][key], rtol=1e-3, atol=1e-5, msg=key)
+    assert (tmp_path / "one" / "eval.csv").exists() and (tmp_path / "two" / "eval.csv").exists()

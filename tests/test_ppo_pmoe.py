@@ -1,0 +1,228 @@
+"""The mathematics of PPO-PMOE: K = 1 is PPO, the mixture's likelihood, the gate's gradients, the entropy bonus."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_ppo import make_batch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+
+def mixture(actor, mean, log_w):
+    normal = Normal(mean, actor.log_std.exp().expand_as(mean))
+    return MixtureSameFamily(Categorical(logits=log_w), Independent(normal, 1))
+
+
+def make_actor(module, num_experts=5, spread=1.0):
+    """An actor in float64 whose experts differ in mean, standard deviation and weight."""
+    torch.manual_seed(0)
+    actor = module.ActorCritic(3, 2, module.Args(num_experts=num_experts)).double()
+    actor.mean.b.data.normal_().mul_(spread)
+    actor.log_std.data.normal_().mul_(0.5)
+    actor.gate.w.data.normal_()
+    return actor
+
+
+# The density
+
+
+def test_log_prob_against_mixture_same_family(ppo_pmoe):
+    actor = make_actor(ppo_pmoe)
+    obs, action = torch.randn(100, 3, dtype=torch.float64), 3 * torch.randn(100, 2, dtype=torch.float64)
+    mean, log_w, _ = actor(obs)
+    expected = mixture(actor, mean, log_w).log_prob(action)
+    torch.testing.assert_close(actor.log_prob(mean, log_w, action), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_log_prob_where_a_plain_sum_underflows(ppo_pmoe):
+    """100 standard deviations away every density is zero, and its logarithm and gradient are not."""
+    actor = make_actor(ppo_pmoe)
+    action = torch.full((10, 2), 100.0, dtype=torch.float64)
+    mean, log_w, _ = actor(torch.randn(10, 3, dtype=torch.float64))
+    normal = Normal(mean, actor.log_std.exp().expand_as(mean))
+    assert (log_w.exp() * normal.log_prob(action[:, None]).sum(2).exp()).sum() == 0
+    log_prob = actor.log_prob(mean, log_w, action)
+    torch.testing.assert_close(log_prob, mixture(actor, mean, log_w).log_prob(action), rtol=1e-12, atol=0)
+    (gradient,) = torch.autograd.grad(log_prob.sum(), mean)
+    assert gradient.isfinite().all() and gradient.abs().max() > 1
+
+
+def test_samples_follow_the_mixture(ppo_pmoe):
+    """Shares of the experts as the gate says, and each expert's mean and standard deviation."""
+    actor = ppo_pmoe.ActorCritic(1, 1, ppo_pmoe.Args(num_experts=3))
+    actor.mean.w.data.zero_()
+    actor.mean.b.data[:] = torch.tensor([-50.0, 0.0, 50.0])
+    actor.log_std.data[:] = torch.tensor([[0.5], [1.0], [2.0]]).log()
+    actor.gate.w.data.zero_()
+    actor.gate.b.data[:] = torch.tensor([0.2, 0.3, 0.5]).log()
+    torch.manual_seed(0)
+    clipped, action = actor.sample(torch.zeros(30_000, 1))
+    assert torch.equal(clipped, action.clamp(-1, 1))
+    for centre, std, share in ((-50, 0.5, 0.2), (0, 1.0, 0.3), (50, 2.0, 0.5)):
+        near = action[(action - centre).abs() < 20]
+        assert len(near) / 30_000 == pytest.approx(share, abs=0.015)
+        assert near.mean().item() == pytest.approx(centre, abs=0.05)
+        assert near.std().item() == pytest.approx(std, rel=0.05)
+
+
+def test_the_last_noise_alone_chooses_the_expert(ppo_pmoe):
+    """Also at its extremes, where rounding may leave the cumulated weights below one."""
+    actor = ppo_pmoe.ActorCritic(3, 2, ppo_pmoe.Args(num_experts=7))
+    noise = torch.zeros(3, 3)
+    noise[:, 2] = torch.tensor([-40.0, 40.0, 0.0])
+    obs = torch.randn(1, 3).expand(3, 3)
+    mean, log_w, _ = actor(obs)
+    middle = int((log_w[0].exp().cumsum(0) < 0.5).sum())
+    _, action = actor.sample(obs, noise)
+    assert torch.equal(action, mean[torch.arange(3), [0, 6, middle]])
+
+
+def test_mode_is_the_mean_of_the_likeliest_expert(ppo_pmoe):
+    actor = make_actor(ppo_pmoe)
+    obs = torch.randn(50, 3, dtype=torch.float64)
+    mean, log_w, _ = actor(obs)
+    expected = torch.stack([mean[i, log_w[i].argmax()].clamp(-1, 1) for i in range(50)])
+    assert torch.equal(actor.mode(obs), expected)
+
+
+# The update
+
+
+@pytest.mark.parametrize("gate_gradient", ["frequency", "both"])
+@pytest.mark.parametrize("ent_coef", [0.0, 0.1])
+def test_one_expert_is_ppo(ppo, ppo_pmoe, gate_gradient, ent_coef, monkeypatch):
+    """The same losses and ratios, and after several updates the same weights.
+
+    The entropy is exact there and sampled here; a draw one standard deviation from the mean has the exact gradient.
+    """
+    args = ppo.Args(ent_coef=ent_coef, learning_rate=1e-2)
+    pmoe_args = ppo_pmoe.Args(ent_coef=ent_coef, learning_rate=1e-2, num_experts=1, gate_gradient=gate_gradient)
+    torch.manual_seed(0)
+    one, other = ppo.Agent(3, 2, args), ppo_pmoe.Agent(3, 2, pmoe_args)
+    state = one.state_dict()
+    state["actor.log_std"] = state["actor.log_std"][None]
+    assert all(key.startswith(("q.", "actor.gate.")) for key in other.load_state_dict(state, strict=False).missing_keys)
+    batches = [make_batch(ppo, seed=step) for step in range(4)]
+    monkeypatch.setattr(torch, "randn", lambda *shape, device=None: torch.ones(shape))
+    for batch in batches:
+        expected, metrics = ppo.update(one, batch, args), ppo_pmoe.update(other, batch, pmoe_args)
+        assert metrics["losses/gate"] == 0 and metrics["moe/wins"].tolist() == [1.0]
+        for key, value in expected.items():
+            torch.testing.assert_close(metrics[key], value, rtol=1e-5, atol=1e-5, msg=key)
+    for key, value in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[key].view_as(value), value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+def gradients(module, agent, batch, args, monkeypatch):
+    """Name -> gradient of the actor's loss in one update, whose draws are fixed; Q keeps its weights."""
+    losses = []
+    monkeypatch.setattr(agent.optimizers[1], "descend", lambda loss: None)
+    monkeypatch.setattr(agent.optimizers[0], "descend", losses.append)
+    torch.manual_seed(1)
+    metrics = module.update(agent, batch, args)
+    names, weights = zip(*agent.actor.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(losses[0], weights), strict=True)), metrics
+
+
+@pytest.mark.parametrize("gate_gradient", ["frequency", "both"])
+def test_gradients_equal_the_textbook(ppo_pmoe, gate_gradient, monkeypatch):
+    args = ppo_pmoe.Args(num_experts=4, gate_gradient=gate_gradient)
+    torch.manual_seed(0)
+    agent, batch = ppo_pmoe.Agent(3, 2, args), make_batch(ppo_pmoe)
+    agent.actor.mean.b.data.normal_()
+    fast, metrics = gradients(ppo_pmoe, agent, batch, args, monkeypatch)
+
+    mean, log_w, value = agent.actor(batch.obs)
+    density = mixture(agent.actor, mean, log_w if gate_gradient == "both" else log_w.detach())
+    ratio = (density.log_prob(batch.action) - batch.log_prob).exp()
+    loss = -torch.min(ratio * batch.advantage, ratio.clamp(0.8, 1.2) * batch.advantage).mean()
+    loss = loss + 0.5 * (value - batch.target).square().mean()
+    torch.manual_seed(1)
+    draws = mean + agent.actor.log_std.exp() * torch.randn(64, 4, 2)
+    q = torch.stack([agent.q(batch.obs, draws[:, k]) for k in range(4)], 1)
+    best = F.one_hot(q.argmax(1), 4).float()
+    loss = loss + ((log_w.exp() - best) ** 2).sum() / (64 * 4)
+    loss.backward()
+    torch.testing.assert_close(metrics["moe/wins"], best.mean(0))
+    for name, p in agent.actor.named_parameters():
+        torch.testing.assert_close(fast[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_frequency_leaves_the_gate_to_its_own_loss(ppo_pmoe, monkeypatch):
+    """Other advantages change every gradient but the gate's; with `both` they change the gate's as well."""
+    for gate_gradient in ("frequency", "both"):
+        args = ppo_pmoe.Args(num_experts=4, gate_gradient=gate_gradient)
+        torch.manual_seed(0)
+        agent, batch = ppo_pmoe.Agent(3, 2, args), make_batch(ppo_pmoe)
+        one, _ = gradients(ppo_pmoe, agent, batch, args, monkeypatch)
+        two, _ = gradients(ppo_pmoe, agent, batch._replace(advantage=batch.advantage.roll(1)), args, monkeypatch)
+        for name in ("gate.w", "gate.b"):
+            assert torch.equal(one[name], two[name]) == (gate_gradient == "frequency")
+        assert not torch.equal(one["mean.w"], two["mean.w"])
+
+
+def test_gate_learns_the_frequency_of_winning(ppo_pmoe, monkeypatch):
+    """Theorem 3.1 with Q(s, a) = a: w tends to P(k is best), which is Phi(0.5 / 1) for these two experts."""
+    args = ppo_pmoe.Args(num_experts=2, gate_gradient="frequency", learning_rate=0.02, vf_coef=1e-9)
+    torch.manual_seed(0)
+    agent = ppo_pmoe.Agent(1, 1, args)
+    actor = agent.actor
+    actor.mean.w.data.zero_()
+    actor.mean.b.data[:] = torch.tensor([0.2, -0.3])
+    actor.log_std.data[:] = torch.tensor([[0.8], [0.6]]).log()  # the difference has standard deviation 1
+    monkeypatch.setattr(agent.q, "forward", lambda obs, action: action.sum(-1))
+    monkeypatch.setattr(agent.optimizers[1], "descend", lambda loss: None)
+    zero = torch.zeros(256)
+    batch = ppo_pmoe.Batch(torch.zeros(256, 1), torch.zeros(256, 1), zero, zero, zero)
+    for i in range(200):
+        agent.optimizers[0].lr = 0.02 * (1 - i / 200)
+        ppo_pmoe.update(agent, batch, args)
+    expected = 0.5 * (1 + math.erf(0.5 / math.sqrt(2)))
+    assert actor(torch.zeros(1, 1))[1].exp()[0, 0].item() == pytest.approx(expected, abs=0.02)
+
+
+def test_q_learns_the_return_of_the_action_taken(ppo_pmoe):
+    torch.manual_seed(0)
+    args = ppo_pmoe.Args(learning_rate=3e-3)
+    agent, batch = ppo_pmoe.Agent(3, 2, args), make_batch(ppo_pmoe, 256)
+    target = batch.obs.sum(1) + batch.action[:, 0] * batch.action[:, 1]
+    for _ in range(200):
+        metrics = ppo_pmoe.update(agent, batch._replace(target=target), args)
+    assert metrics["losses/q"] < 0.1 * target.var()
+    assert agent.q(batch.obs, batch.action[:, None].expand(-1, 3, -1)).shape == (256, 3)
+
+
+def test_entropy_bonus_has_the_gradient_of_the_mixtures_entropy(ppo_pmoe, monkeypatch):
+    """In one dimension, against the integral -int p log p; averaged over a large batch of equal states."""
+    args = ppo_pmoe.Args(num_experts=2, ent_coef=1.0, vf_coef=1e-9)
+    torch.manual_seed(0)
+    agent = ppo_pmoe.Agent(1, 1, args)
+    actor = agent.actor
+    actor.mean.w.data.zero_()
+    actor.mean.b.data[:] = torch.tensor([0.8, -0.5])
+    actor.log_std.data[:] = torch.tensor([[-0.3], [0.2]])
+    actor.gate.b.data[:] = torch.tensor([0.4, -0.4])
+    zero = torch.zeros(100_000)
+    batch = ppo_pmoe.Batch(zero[:, None], zero[:, None], zero, zero, zero)
+    estimated, _ = gradients(ppo_pmoe, agent, batch, args, monkeypatch)
+    args.ent_coef = 0.0
+    without, _ = gradients(ppo_pmoe, agent, batch, args, monkeypatch)
+
+    mean, log_w, _ = actor(torch.zeros(1, 1))
+    grid = torch.linspace(-12, 12, 20_001)[:, None]
+    log_p = actor.log_prob(mean, log_w, grid)
+    entropy = -(log_p.exp() * log_p).sum() * (24 / 20_000)
+    for name in ("mean.b", "log_std", "gate.b"):
+        (exact,) = torch.autograd.grad(entropy, actor.get_parameter(name), retain_graph=True)
+        torch.testing.assert_close(without[name] - estimated[name], exact, rtol=0, atol=0.01, msg=name)
+
+
+def test_equal_experts_are_one(ppo_pmoe):
+    torch.manual_seed(0)
+    actor = ppo_pmoe.ActorCritic(3, 2, ppo_pmoe.Args(num_experts=3))
+    actor.mean.w.data = actor.mean.w.data[:, :2].repeat(1, 3)
+    batch = make_batch(ppo_pmoe)
+    mean, log_w, _ = actor(batch.obs)
+    expected = Normal(mean[:, 0], actor.log_std[0].exp()).log_prob(batch.action).sum(1)
+    torch.testing.assert_close(actor.log_prob(mean, log_w, batch.action), expected)
