@@ -1,7 +1,7 @@
 """Runs the suites of trainings that results/plot.py draws. Finished runs are skipped, broken ones are resumed.
 
 python results/benchmark.py target-reaching             # two runs at a time, each on one thread
-python results/benchmark.py halfcheetah --jobs 4
+python results/benchmark.py ppo-mujoco --jobs 4
 python results/benchmark.py halfcheetah --dry-run       # only says what it would do
 
 A run goes to results/runs/<environment>/<label>/s<seed>, what it prints to s<seed>.log beside that folder. Ctrl-C stops
@@ -65,6 +65,48 @@ SUITES = {
     ),
 }
 
+# PPO on one thread. The folders end in -ppo: other step counts than SAC's, so other figures.
+PPO_MUJOCO = "--total-timesteps 1000000 --eval-every 50000 --eval-episodes 5"
+PAPER_K = {  # the paper's Fig. 2
+    "HalfCheetah": 8,
+    "Hopper": 12,
+    "Walker2d": 4,
+    "Ant": 16,
+    "Humanoid": 8,
+    "HumanoidStandup": 4,
+}
+GATES = {f"ppo_pmoe-{gate}": f"ppo_pmoe --gate-gradient {gate}" for gate in ("frequency", "both")}
+
+
+def ppo_mujoco(task: str, runs: dict[str, str], folder: str = "ppo") -> Suite:
+    return Suite(f"{task}-v5-{folder}", f"--env-id {task}-v5 {PPO_MUJOCO}", range(1, 4), runs)
+
+
+def ppo_target_reaching(runs: dict[str, str], folder: str = "ppo") -> list[Suite]:
+    random = "--env-id moe_envs:TargetReaching-v0?layout=random --total-timesteps 1000000 --eval-every 50000"
+    return [
+        Suite(f"TargetReaching-v0-fixed-{folder}", "--eval-every 10000", range(1, 6), runs),
+        Suite(f"TargetReaching-v0-random-{folder}", f"{random} --eval-episodes 50", range(1, 6), runs),
+    ]
+
+
+SUITES |= {
+    "ppo-mujoco": [
+        ppo_mujoco(task, {"ppo": "ppo", "ppo_pmoe": f"ppo_pmoe --num-experts {k}"}) for task, k in PAPER_K.items()
+    ],
+    "ppo-target-reaching": ppo_target_reaching({"ppo": "ppo", "ppo_pmoe": "ppo_pmoe"}),
+    "ppo-num-experts": [
+        ppo_mujoco("HalfCheetah", {f"ppo_pmoe-{k}": f"ppo_pmoe --num-experts {k}" for k in (1, 2, 4, 8, 16)}, "experts")
+    ],
+    "ppo-gate-gradient": [
+        *(
+            ppo_mujoco(task, {label: f"{run} --num-experts {PAPER_K[task]}" for label, run in GATES.items()}, "gate")
+            for task in ("HalfCheetah", "Hopper", "Walker2d")
+        ),
+        *ppo_target_reaching(GATES, "gate"),
+    ],
+}
+
 
 def decide(run_dir: Path) -> str:
     """ "skip" a finished run, "resume" an unfinished one that left a checkpoint, "start" everything else."""
@@ -72,7 +114,7 @@ def decide(run_dir: Path) -> str:
         run = json.loads((run_dir / "run.json").read_text())
     except FileNotFoundError:
         return "start"
-    if run.get("global_step") == run["args"]["total_timesteps"]:
+    if run.get("global_step", 0) >= run["args"]["total_timesteps"]:  # PPO ends with a whole rollout
         return "skip"
     return "resume" if (run_dir / "checkpoint.pt").exists() else "start"
 
@@ -116,6 +158,11 @@ def start(run_dir: Path, decision: str, command: list[str]) -> subprocess.Popen 
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
 
 
+def draws(run_dir: Path) -> bool:
+    """Whether the run is in the layout that results/plot.py draws flights in."""
+    return run_dir.parts[-3].startswith(TARGET_REACHING)
+
+
 def trajectories(run_dir: Path) -> bool:
     """Writes the run's trajectories.csv; whether that worked."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -131,9 +178,9 @@ def main() -> int:
     options = parser.parse_args()
     if options.jobs < 1:
         parser.error("--jobs: must be at least 1")
-    suite = SUITES[options.suite]
-    draws = suite.env == TARGET_REACHING
-    jobs = plan(suite)
+    suites = SUITES[options.suite]
+    jobs = [job for suite in (suites if isinstance(suites, list) else [suites]) for job in plan(suite)]
+    jobs.sort(key=lambda job: int(job[0].name[1:]))  # seed by seed
     if options.dry_run:
         for _, decision, command in jobs:
             print(f"{decision:6}", *command[1:])
@@ -149,7 +196,7 @@ def main() -> int:
             continue
         log("skip ", run_dir)
         folder = REPOSITORY / run_dir
-        if draws and (folder / "checkpoint.pt").exists() and not (folder / "trajectories.csv").exists():
+        if draws(run_dir) and (folder / "checkpoint.pt").exists() and not (folder / "trajectories.csv").exists():
             failed += [] if trajectories(run_dir) else [run_dir]
     try:
         while waiting or running:
@@ -170,7 +217,7 @@ def main() -> int:
                 log(verdict, run_dir, f"{(time.time() - started) / 60:.1f} min, {len(waiting)} waiting")
                 if not good:
                     print(*Path(f"{REPOSITORY / run_dir}.log").read_text().splitlines()[-5:], sep="\n", flush=True)
-                if not good or (draws and not trajectories(run_dir)):
+                if not good or (draws(run_dir) and not trajectories(run_dir)):
                     failed.append(run_dir)
     except KeyboardInterrupt:
         log("interrupted: the runs write a checkpoint and stop")

@@ -54,6 +54,42 @@ HalfCheetah are the same in v4 and v5.
 """,
 }
 
+PUBLISHED_PPO = (  # source, version, steps, seeds, what is measured, {task: return}
+    ("CleanRL documentation", "v4", "1,000,000", 3, "training episodes, stochastic policy, last 100",
+     {"Hopper": "2383 ± 272", "Walker2d": "2288 ± 572", "HalfCheetah": "1443 ± 46", "Humanoid": "716 ± 49"}),
+    ("CleanRL documentation, page of RPO", "v4", "8,000,000", 10, "training episodes, stochastic policy, last 100",
+     {"Hopper": "2741 ± 269", "Walker2d": "2873 ± 691", "HalfCheetah": "2637 ± 1068", "Ant": "1824 ± 906",
+      "Humanoid": "583 ± 28", "HumanoidStandup": "109326 ± 16162"}),
+    ("RL Baselines3 Zoo, tuned", "v3", "1,000,000", 1, "deterministic policy",
+     {"Hopper": "2410", "Walker2d": "3479", "HalfCheetah": "5819", "Ant": "1327"}),
+    ("SLM-Lab 5.2", "v5", "4,000,000", 4, "training episodes, stochastic policy",
+     {"Hopper": "1654", "HumanoidStandup": "150105"}),
+    ("SLM-Lab 5.2", "v5", "10,000,000", 4, "training episodes, stochastic policy",
+     {"Walker2d": "4379", "HalfCheetah": "6241", "Ant": "2138", "Humanoid": "2661"}),
+)  # fmt: skip
+
+
+def published_ppo(task: str) -> str:
+    lines = [f"**Published PPO on {task}.**", "", "| source | version | steps | seeds | return | what is measured |"]
+    lines += ["|---|---|---:|---:|---:|---|"]
+    for source, version, steps, seeds, measured, returns in PUBLISHED_PPO:
+        if task in returns:
+            lines.append(f"| {source} | {version} | {steps} | {seeds} | {returns[task]} | {measured} |")
+    lines += ["", "The rewards of v4 and v5 are "]
+    lines[-1] += {
+        "HalfCheetah": "equal.",
+        "HumanoidStandup": "equal.",
+        "Hopper": "equal but for 1 per fall.",
+        "Humanoid": "nearly equal, a little less in v5.",
+    }.get(task, "not comparable here.")
+    return "\n".join(lines)
+
+
+NOTES |= {
+    f"{task}-v5-ppo": published_ppo(task)
+    for task in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup")
+}
+
 
 class Run(NamedTuple):
     seed: int
@@ -86,7 +122,7 @@ def read_runs(root: Path) -> dict[str, dict[str, list[Run]]]:
     runs = {}
     for path in sorted(root.glob("*/*/*/run.json")):
         info = json.loads(path.read_text())
-        if info.get("global_step") != info["args"]["total_timesteps"]:
+        if info.get("global_step", 0) < info["args"]["total_timesteps"]:
             print(f"left out, not finished: {path.parent}", file=sys.stderr)
             continue
         run = read_run(path.parent)
@@ -294,9 +330,9 @@ def with_interval(values: np.ndarray, digits: int, statistic=iqm) -> str:
 
 def table(labels: dict[str, list[Run]]) -> list[str]:
     lines = [
-        "| label | seeds | steps | return, deterministic | mean ± std | return, stochastic "
+        "| label | seeds | steps | return, deterministic | mean ± std | area | return, stochastic "
         "| success, det. | success, stoch. | steps/s | minutes | commit |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|",
     ]
     for label, group in labels.items():
         deterministic = final(group, "deterministic", 1)
@@ -306,6 +342,7 @@ def table(labels: dict[str, list[Run]]) -> list[str]:
             f"{group[0].info['global_step']:,}",
             with_interval(deterministic, 1),
             f"{deterministic.mean():.1f} ± {deterministic.std():.1f}",
+            with_interval(curve(group, 1)[1].mean(1), 1),
             with_interval(final(group, "stochastic", 1), 1),
             with_interval(final(group, "deterministic", 2), 2, mean),
             with_interval(final(group, "stochastic", 2), 2, mean),
@@ -370,6 +407,8 @@ environment and seeds.
 * **Return** is the interquartile mean (IQM) over the seeds and its 95% interval. The IQM leaves out the floor(n / 4)
   lowest and highest of n seeds: of 5 the middle three count, with 3 it is the plain mean. The interval is a percentile
   bootstrap, 10,000 resamples of the seeds within environment and label. ± is the standard deviation over the seeds.
+* **Area** is that under the deterministic learning curve, divided by the steps: the mean of a run's evaluations, which
+  are (nearly) equally far apart.
 * **Success** is the plain mean over the seeds and the same kind of interval. It is 0 or 1 for most seeds, and an IQM
   would call 4 of 5 seeds 1.00.
 * With 3 to 5 seeds these intervals are rough and rather too narrow (where all seeds agree they have no width at all):

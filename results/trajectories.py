@@ -6,7 +6,8 @@ Columns panel,episode,step,x,y. The panels are
 * stochastic: 10 episodes of the policy as it explores;
 * expert_k, if the policy is a mixture: 5 episodes in which expert k alone acts everywhere, with its own noise. Its
   noise-free mean would fly one and the same path five times here, and hide how wide the expert is;
-* exploration: the first 10,000 steps of the training, from the replay rows of checkpoint.pt; `step` is the global step.
+* exploration, if there is a replay: the first 10,000 steps of the training, from the replay rows of checkpoint.pt;
+  `step` is the global step.
 Every 4th step of an episode and its last, every 5th of the exploration. The same model gives the same file.
 """
 
@@ -70,15 +71,19 @@ def main(run_dir: Path) -> Path:
     agent.load_state_dict(checkpoint["agent"])
 
     panels = {"stochastic": fly(script, args, env, lambda obs: agent.actor.sample(obs)[0], EPISODES)}
-    mixture = len(agent.actor(torch.zeros(1, env.observation_space.shape[0]))) == 3  # mean, log_std, w
+    mixture = len(agent.actor(torch.zeros(1, env.observation_space.shape[0]))) == 3  # mean, log_std, w; PPO: mean, w, V
     for k in range(args.num_experts if mixture else 0):
 
         def expert(obs, k=k):
-            mean, log_std, _ = agent.actor(obs)  # (B, K, A) each
-            return (mean[:, k] + log_std[:, k].exp() * torch.randn_like(mean[:, k])).tanh()
+            if "buffer" in checkpoint:
+                mean, log_std, _ = agent.actor(obs)  # (B, K, A) each
+                return (mean[:, k] + log_std[:, k].exp() * torch.randn_like(mean[:, k])).tanh()
+            mean = agent.actor(agent.actor.normalize(obs))[0][:, k]
+            return (mean + agent.actor.log_std[k].exp() * torch.randn_like(mean)).clamp(-1, 1)
 
         panels[f"expert_{k}"] = fly(script, args, env, expert, EXPERT_EPISODES)
-    panels["exploration"] = explored(checkpoint["buffer"])
+    if "buffer" in checkpoint:
+        panels["exploration"] = explored(checkpoint["buffer"])
     lines = [f"{name},{e},{step},{x:.2f},{y:.2f}" for name, rows in panels.items() for e, step, x, y in rows]
     path = run_dir / "trajectories.csv"
     path.write_text("\n".join(["panel,episode,step,x,y", *lines, ""]))

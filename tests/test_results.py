@@ -156,7 +156,8 @@ def test_plot_writes_figures_and_a_page_and_repeats_to_the_byte(plot, tmp_path):
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[:3] == ["sac", "3", "1,000"]
     assert cells[3].startswith("4333.3 [")  # (1000 + 2000 + 10000) / 3
-    assert cells[6:] == ["-", "-", "100", "1.0", "0123456, 0123456+"]
+    assert cells[5].startswith("3250.0 [")  # three quarters of them: the evaluations at 500 and 1000
+    assert cells[7:] == ["-", "-", "100", "1.0", "0123456, 0123456+"]
     assert "Seeds of each label: 1, 2, 10." in page
     assert "| 0.33 [0.00, 1.00] |" in page
 
