@@ -6,9 +6,9 @@ Columns panel,episode,step,x,y. The panels are
 * stochastic: 10 episodes of the policy as it explores;
 * expert_k, if the policy is a mixture: 5 episodes in which expert k alone acts everywhere, with its own noise. Its
   noise-free mean would fly one and the same path five times here, and hide how wide the expert is;
-* exploration, if there is a replay: the first 10,000 steps of the training, from the replay rows of checkpoint.pt;
-  `step` is the global step.
-Every 4th step of an episode and its last, every 5th of the exploration. The same model gives the same file.
+* exploration, if there is a replay: the first 20,000 steps of the training (by default 10,000 random ones, then the
+  policy's first 10,000), from the replay rows of checkpoint.pt; `step` is the global step.
+Every 4th step of an episode and its last, every 10th of the exploration. The same model gives the same file.
 """
 
 import importlib.util
@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 EPISODES, EXPERT_EPISODES, EPISODE_STRIDE = 10, 5, 4
-EXPLORATION_STEPS, EXPLORATION_STRIDE = 10_000, 5
+EXPLORATION_STEPS, EXPLORATION_STRIDE = 20_000, 10
 EDGE = 5.0  # the observation holds position / EDGE
 
 
