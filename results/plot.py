@@ -382,7 +382,7 @@ def section(env: str, labels: dict[str, list[Run]], figures: Path) -> list[str]:
     seen = {k: g for k, g in labels.items() if all("exploration" in run.trajectories for run in g)}
     if seen:
         plot_exploration(seen, figures / f"{env}-exploration.png")
-        text = "Where the first 10,000 training steps were (every 5th), all seeds of a label together. The percentage "
+        text = "Where the first 20,000 training steps were (every 10th), all seeds of a label together. The percentage "
         text += "is the share of the 400 cells of side 0.5 in which one run's policy was seen, mean over the seeds. "
         figure(f"{env}-exploration", "exploration", text + seeds_of(seen))
 
