@@ -282,37 +282,21 @@ class Head(nn.Module):
 
 # === end shared ===
 # === shared: adam ===
-class Adam:
-    """What torch.optim.Adam(betas=(0.9, 0.999), eps=1e-5) computes for these weights, with clipping, in less time.
-
-    The weights become views of one vector, so that one operation averages, clips or steps all of them.
-    """
+class Adam(torch.optim.Adam):
+    """Adam of all weights of a module, which become views of one vector: one operation averages, clips or steps all."""
 
     def __init__(self, module: nn.Module, args: Args):
-        self.weights, self.lr, self.max_norm = list(module.parameters()), args.learning_rate, args.max_grad_norm
+        self.weights, self.max_norm = list(module.parameters()), args.max_grad_norm
         self.vector = torch.cat([w.detach().flatten() for w in self.weights])
-        self.mean, self.square, self.steps = torch.zeros_like(self.vector), torch.zeros_like(self.vector), 0
         for w, part in zip(self.weights, self.vector.split([w.numel() for w in self.weights]), strict=True):
             w.data = part.view_as(w)
+        super().__init__([self.vector], lr=args.learning_rate, eps=1e-5, fused=True)
 
     def descend(self, loss: torch.Tensor):
         """One step, by the gradient averaged over the processes and then shortened to its largest norm."""
         gradient = average(torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.weights)]))
-        gradient /= torch.linalg.vector_norm(gradient).div_(self.max_norm).clamp_(min=1)
-        self.steps += 1
-        self.mean.lerp_(gradient, 0.1)
-        self.square.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
-        scale = math.sqrt(1 - 0.999**self.steps)  # with lr / (1 - 0.9^steps), the correction for the start from zero
-        denominator = self.square.sqrt().add_(1e-5 * scale)
-        self.vector.addcdiv_(self.mean, denominator, value=-self.lr * scale / (1 - 0.9**self.steps))
-
-    def state_dict(self) -> dict:
-        return {"mean": self.mean, "square": self.square, "steps": self.steps}
-
-    def load_state_dict(self, state: dict):
-        self.mean.copy_(state["mean"])
-        self.square.copy_(state["square"])
-        self.steps = state["steps"]
+        self.vector.grad = gradient / torch.linalg.vector_norm(gradient).div_(self.max_norm).clamp_(min=1)
+        self.step()
 
 
 # === end shared ===
@@ -727,7 +711,7 @@ def main(args: Args) -> Path | None:
     def report(metrics: dict[str, torch.Tensor], episodes: list[tuple[float, int]], last: bool):
         """Logs a rollout and evaluates where that is due."""
         speed = (global_step - start_step) / (time.perf_counter() - started)
-        scalars = {"charts/SPS": speed, "charts/learning_rate": agent.optimizers[0].lr}
+        scalars = {"charts/SPS": speed, "charts/learning_rate": agent.optimizers[0].param_groups[0]["lr"]}
         if episodes:
             scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0).tolist()
         for key, value in metrics.items():  # a number, or one per expert
@@ -759,7 +743,7 @@ def main(args: Args) -> Path | None:
             if args.anneal_lr:
                 fraction = 1 - global_step / args.total_timesteps
                 for optimizer in agent.optimizers:
-                    optimizer.lr = fraction * args.learning_rate
+                    optimizer.param_groups[0]["lr"] = fraction * args.learning_rate
             rollout, episodes = sampler.rollout(agent)
             batch = prepare(agent, rollout, args)
             metrics = learn(agent, batch, args)

@@ -176,7 +176,7 @@ def test_gate_learns_the_frequency_of_winning(ppo_pmoe, monkeypatch):
     zero = torch.zeros(256)
     batch = ppo_pmoe.Batch(torch.zeros(256, 1), torch.zeros(256, 1), zero, zero, zero)
     for i in range(200):
-        agent.optimizers[0].lr = 0.02 * (1 - i / 200)
+        agent.optimizers[0].param_groups[0]["lr"] = 0.02 * (1 - i / 200)
         ppo_pmoe.update(agent, batch, args)
     expected = 0.5 * (1 + math.erf(0.5 / math.sqrt(2)))
     assert actor(torch.zeros(1, 1))[1].exp()[0, 0].item() == pytest.approx(expected, abs=0.02)
