@@ -53,7 +53,7 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Args:
     # === shared: ppo run arguments ===
-    env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10&speed_bonus=0.3"  # id?arguments
+    env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10"  # Gymnasium id, arguments after "?"
     seed: int = 1  # seed of everything random
     total_timesteps: int | None = None  # environment steps (default: 200,000; with --resume those of that run)
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)

@@ -1,12 +1,17 @@
 """How fast the scripts are, as ratios to the same algorithms written the plain way, on CPU.
 
     python results/speed.py [--threads 1 2] [--precisions highest medium] [--train-steps 1500]
+    python results/speed.py --ppo                           # PPO against stable-baselines3's
 
 One gradient step on a synthetic batch, and whole training on HalfCheetah-v5 (environment, replay, action and update).
 The plain SAC has two separate critics with an Adam each, weight gradients in the actor's step that nobody uses, a
 temperature read to the host at each step and a target updated tensor by tensor; the plain PMOE sends all K actions
 through both critics with gradients. Times drift on shared machines, so the two forms alternate, round by round, and the
 ratio of each pair is what counts: the median over the rounds is printed.
+
+--ppo times whole training on HalfCheetah-v5: one iteration (2,048 steps and 320 updates) of ppo.py, of ppo_pmoe.py
+with K = 8 and of stable-baselines3's PPO in turn: the same network, environments, minibatches and passes. Ours also
+normalises observations and rewards, which theirs would do in VecNormalize. It also says where the time goes.
 """
 
 import argparse
@@ -174,14 +179,100 @@ def training(case, plain: bool):
     return step
 
 
+def ppo_iteration(name: str, **changes):
+    """A function that does one iteration of a script and returns the seconds of its (rollout, learning)."""
+    module = load(name)
+    args = module.Args(env_id="HalfCheetah-v5", **changes)
+    agent, sampler = module.Agent(17, 6, args), module.Sampler(module.make_envs(args), args)
+    sampler.reset(0)
+
+    def iteration():
+        start = time.perf_counter()
+        rollout, _ = sampler.rollout(agent)
+        middle = time.perf_counter()
+        module.learn(agent, module.prepare(agent, rollout, args), args)
+        return middle - start, time.perf_counter() - middle
+
+    return iteration
+
+
+def sb3_iteration():
+    """The same of stable-baselines3: its train() is the learning, the rest of learn() the rollout."""
+    try:
+        from stable_baselines3 import PPO
+        from stable_baselines3.common.env_util import make_vec_env
+    except ImportError:
+        raise SystemExit("--ppo: compares with stable-baselines3; pip install stable-baselines3") from None
+    envs = make_vec_env("HalfCheetah-v5", 8)
+    model = PPO("MlpPolicy", envs, n_steps=256, batch_size=64, n_epochs=10, ent_coef=0.0, device="cpu")
+    train, learning = model.train, []
+
+    def timed_train():
+        start = time.perf_counter()
+        train()
+        learning.append(time.perf_counter() - start)
+
+    model.train = timed_train
+
+    def iteration():
+        whole = seconds(lambda: model.learn(2048, reset_num_timesteps=False), 1)
+        return whole - learning[-1], learning[-1]
+
+    return iteration
+
+
+def physics_iteration():
+    """2,048 steps of the bare environments, with random actions: what no implementation can do without."""
+    envs = [gym.make("HalfCheetah-v5").unwrapped for _ in range(8)]
+    for i, env in enumerate(envs):
+        env.reset(seed=i)
+    actions = np.random.default_rng(0).uniform(-1, 1, (256, 8, 6))
+
+    def iteration():
+        start = time.perf_counter()
+        for row in actions:
+            for env, action in zip(envs, row, strict=True):
+                env.step(action)
+        return time.perf_counter() - start, 0.0
+
+    return iteration
+
+
+def ppo_speed(threads: list[int], rounds: int):
+    print("| PPO on HalfCheetah-v5 | threads | steps/s | rollout, s | learning, s | times as fast as SB3 |")
+    print("|---|---|---|---|---|---|")
+    for count in threads:
+        torch.set_num_threads(count)
+        forms = {
+            "stable-baselines3": sb3_iteration(),
+            "ppo.py": ppo_iteration("ppo"),
+            "ppo_pmoe.py, K = 8": ppo_iteration("ppo_pmoe", num_experts=8),
+            "physics alone": physics_iteration(),
+        }
+        times = {name: [] for name in forms}
+        for i in range(rounds + 1):  # the first round warms up
+            for name, iteration in forms.items():
+                pair = iteration()
+                times[name] += [pair] if i else []
+        theirs = [sum(pair) for pair in times["stable-baselines3"]]
+        for name, pairs in times.items():
+            rollout, learning = (statistics.median(column) for column in zip(*pairs, strict=True))
+            ratio = statistics.median(other / sum(pair) for other, pair in zip(theirs, pairs, strict=True))
+            speed = 2048 / statistics.median(map(sum, pairs))
+            print(f"| {name} | {count} | {speed:.0f} | {rollout:.2f} | {learning:.2f} | {ratio:.2f} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--precisions", nargs="+", default=["highest", "medium"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--train-steps", type=int, default=900, help="0 leaves the whole training out")
+    parser.add_argument("--ppo", action="store_true", help="PPO against stable-baselines3's, and nothing else")
     args = parser.parse_args()
     torch.set_flush_denormal(True)  # for both forms: the plain one would be slower still without it
+    if args.ppo:
+        return ppo_speed(args.threads, args.rounds)
     print("| gradient step | threads | matmul | ours, ms | plain, ms | ours / plain |\n|---|---|---|---|---|---|")
     for name, case in CASES.items():
         for threads in args.threads:
