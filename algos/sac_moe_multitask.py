@@ -135,6 +135,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     for role, space in (("action", env.action_space), ("observation", env.observation_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             fail(f"--tasks {env_id}: needs a flat Box {role} space such as Pendulum-v1's, this one has {space}")
+    if (env.spec.max_episode_steps or -1) < 0:
+        fail(f"--tasks {env_id}: has no time limit, an evaluation may never end; give {name}?max_episode_steps=1000")
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         fail(f"--tasks {env_id}: action bounds must be finite to be rescaled to [-1, 1], they are {env.action_space}")
     return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), np.float32(-1), np.float32(1))
@@ -532,9 +534,25 @@ def write_moe(run_dir: Path, rows: list[dict]):
     write(run_dir / "moe.csv", "\n".join([*lines, ""]).encode())
 
 
+# === shared: sac checks ===
+LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
+
+
+def check_memory(args: Args, env: gym.Env):
+    """Exits if the replay buffer, and the copy of it that a checkpoint takes, cannot fit the memory of the device."""
+    needed = 2 * args.buffer_size * (4 * (env.observation_space.shape[0] + env.action_space.shape[0] + 2) + 8)
+    if args.device.startswith("cuda"):
+        memory = torch.cuda.get_device_properties(args.device).total_memory
+    else:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+    if needed > memory:
+        fit = int(args.buffer_size * memory / needed * 0.8)
+        fail(f"--buffer-size {args.buffer_size}: needs {needed / 1e9:.1f} GB of {memory / 1e9:.1f} GB; {fit} would fit")
+
+
+# === end shared ===
 # === shared: run folder ===
 SCRIPT = Path(__file__).stem
-LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
 
 
 def check(args: Args):
@@ -561,18 +579,6 @@ def configure(args: Args):
     torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
 
 
-def check_memory(args: Args, env: gym.Env):
-    """Exits if the replay buffer cannot fit the memory of the device."""
-    needed = args.buffer_size * (4 * (env.observation_space.shape[0] + env.action_space.shape[0] + 2) + 8)
-    if args.device.startswith("cuda"):
-        memory = torch.cuda.get_device_properties(args.device).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-    if needed > memory:
-        fit = int(args.buffer_size * memory / needed * 0.8)
-        fail(f"--buffer-size {args.buffer_size}: needs {needed / 1e9:.1f} GB of {memory / 1e9:.1f} GB; {fit} would fit")
-
-
 def describe(args: Args) -> dict:
     """What has to be known to repeat the run: for run.json."""
 
@@ -584,19 +590,15 @@ def describe(args: Args) -> dict:
             return None
 
     changes = git("status", "--porcelain", "--untracked-files=no")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
-    versions |= {"gymnasium": gym.__version__, "mujoco": None}
-    try:
-        versions["mujoco"] = importlib.metadata.version("mujoco")
-    except importlib.metadata.PackageNotFoundError:
-        pass
+    packages = ("torch", "gymnasium", "mujoco", "numpy")
+    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
     return {
         "script": SCRIPT,
         "command": shlex.join(["python", *sys.argv]),
         "args": dataclasses.asdict(args),
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
-        "versions": versions,
+        "versions": {"python": platform.python_version(), **dict(sorted(versions.items()))},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
     }
 
