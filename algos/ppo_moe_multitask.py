@@ -65,7 +65,7 @@ Architecture = Literal["baseline", "middle", "final", "all", "big"]
 class Args:
     tasks: tuple[str, ...] = ("space_invaders", "breakout", "asterix")  # games; the order is that of the phases
     seed: int = 1  # seed of everything random
-    total_timesteps: int | None = None  # of all tasks together (default: 3,000,000; with --resume those of that run)
+    total_timesteps: int | None = None  # of all tasks together (default: 3,024,000; with --resume those of that run)
     run_dir: str | None = None  # folder of this run (default: runs/<tasks>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to continue from its last checkpoint
     evaluate: str | None = None  # folder of a run to evaluate instead of training
@@ -774,7 +774,7 @@ def main(args: Args) -> Path:
         if args.protocol == "continual" and given not in (None, checkpoint["args"]["total_timesteps"]):
             fail(f"--total-timesteps {given}: the continual schedule divides them among the tasks; start a new run")
     elif args.total_timesteps is None:
-        args = dataclasses.replace(args, total_timesteps=3_000_000)
+        args = dataclasses.replace(args, total_timesteps=3_024_000)
     check_tasks(args)
     configure(args)
     run_dir = Path(run_dir) if checkpoint else new_run_dir(args)
