@@ -11,7 +11,7 @@ Run       python algos/ppo_moe_multitask.py --actor-moe big --critic-moe big --p
 Resume    python algos/ppo_moe_multitask.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash
 Evaluate  python algos/ppo_moe_multitask.py --evaluate runs/NAME --video    # every task, both policies, a GIF
 
-MinAtar (Young and Tian 2019) is a package of its own under GPL-3.0, imported only when training: pip install minatar.
+MinAtar (Young and Tian 2019) is a package of its own under GPL-3.0, imported where its games are made, not at the top.
 
 What differs from ppo.py:
 1. Discrete actions and pictures: actor and critic are each a 3x3 convolution to 16 channels (a matmul over the 64

@@ -1,6 +1,7 @@
 """How fast the scripts are, as ratios to the same algorithms written the plain way, on CPU.
 
     python results/speed.py [--threads 1 2] [--precisions highest medium] [--train-steps 1500]
+    python results/speed.py --minatar    # instead: whole training on MinAtar with and without experts
 
 One gradient step on a synthetic batch, and whole training on HalfCheetah-v5 (environment, replay, action and update).
 The plain SAC has two separate critics with an Adam each, weight gradients in the actor's step that nobody uses, a
@@ -174,14 +175,83 @@ def training(case, plain: bool):
     return step
 
 
+def minatar(threads: list[int], rounds: int):
+    """Whole training on three MinAtar games, baseline and eight experts in turn, and the share of each part.
+
+    The games are one Python process and cannot be faster than stepping them alone, which is the floor.
+    """
+    print("| MinAtar | threads | steps/s | baseline's / its | games | acting | values | learning |")
+    print("|---|---|---|---|---|---|---|---|")
+    module = load("ppo_moe_multitask")
+    forms = {  # architecture, slots per expert
+        "baseline": ("baseline", 1),
+        "Soft MoE, middle, n = 8, p = 1": ("middle", 1),
+        "Soft MoE, middle, n = 8, p = 8": ("middle", 8),
+        "Soft MoE, big, n = 8": ("big", 1),
+    }
+    for number in threads:
+        torch.set_num_threads(number)
+        times = {name: [] for name in forms}
+        for i in range(rounds + 1):  # the first round warms up
+            for name, (architecture, slots) in forms.items():
+                args = module.Args(actor_moe=architecture, critic_moe=architecture, slots=slots, num_experts=8)
+                torch.manual_seed(0)
+                agent = module.Agent(args)
+                games = module.Games([args.tasks[j % 3] for j in range(args.num_envs)], args)
+                games.reset(args, first=i)
+                spent, step = [0.0], games.step
+
+                def timed_step(j, action, step=step, spent=spent):
+                    start = time.perf_counter()
+                    result = step(j, action)
+                    spent[0] += time.perf_counter() - start
+                    return result
+
+                games.step = timed_step
+                start = time.perf_counter()
+                batch, _ = module.rollout(agent, games, args.num_steps, args)
+                middle = time.perf_counter()
+                module.learn(agent, batch, args)
+                end = time.perf_counter()
+                inputs = [
+                    (*module.see(x), y) for x, y in zip(batch.obs.split(1024), batch.task.split(1024), strict=True)
+                ]
+                values_start = time.perf_counter()
+                with torch.no_grad():
+                    for x in inputs:
+                        agent.critic(*x)
+                values = time.perf_counter() - values_start
+                rest = middle - start - spent[0] - values
+                times[name] += [(end - start, spent[0], rest, values, end - middle)] if i else []
+        for name, rows in times.items():
+            total, *parts = (statistics.median(column) for column in zip(*rows, strict=True))
+            ratio = statistics.median(b[0] / a[0] for a, b in zip(times["baseline"], rows, strict=True))
+            shares = " | ".join(f"{part / total:.0%}" for part in parts)
+            print(f"| {name} | {number} | {len(batch.obs) / total:.0f} | {ratio:.2f} | {shares} |", flush=True)
+    for task in module.CHANNELS:
+        args = module.Args(tasks=(task,))
+        games, rng = module.Games([task] * 8, args), np.random.default_rng(0)
+        games.reset(args, first=0)
+
+        def play(games=games, rng=rng):
+            for j, action in enumerate(rng.integers(6, size=8).tolist()):
+                if any(games.step(j, action)[1:]):
+                    games.start(j)
+
+        print(f"{task} alone: {8 / seconds(play, 500):.0f} steps/s with random actions")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--precisions", nargs="+", default=["highest", "medium"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--train-steps", type=int, default=900, help="0 leaves the whole training out")
+    parser.add_argument("--minatar", action="store_true", help="only the whole training on MinAtar")
     args = parser.parse_args()
     torch.set_flush_denormal(True)  # for both forms: the plain one would be slower still without it
+    if args.minatar:
+        return minatar(args.threads, args.rounds)
     print("| gradient step | threads | matmul | ours, ms | plain, ms | ours / plain |\n|---|---|---|---|---|---|")
     for name, case in CASES.items():
         for threads in args.threads:
