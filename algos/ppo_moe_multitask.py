@@ -26,9 +26,10 @@ What differs from ppo.py:
    with ReLU, the tokens keep their size and are flattened to 1,024 inputs of the head, as in the code of 2402.08609.
    Else the token is the sample (PerSamp), and the layer is the baseline's with n experts.
 5. Measured at every evaluation: see measure() and moe.csv.
-Where this differs from the papers: one slot per expert where their code has m / n (--slots 8 is that for n = 8, and
-takes half as long again); padding, the action set, --match-params, the order of phases and 2's annealing are ours. Each
-expert computes every token, and one that is not chosen is weighted 0: nothing is dropped, and no time is saved.
+Where this differs from the papers: one slot per expert where their code has m / n (--slots 8 is that for n = 8, and the
+run takes three to four times as long); padding, the action set, --match-params, the order of phases and 2's annealing
+are ours. Each expert computes every token, and one that is not chosen is weighted 0: nothing is dropped, and no time is
+saved (topk and hardcoded are slow with PerConv tokens, of which a sample has 64: --tokens persamp is for them).
 Letters in the shape comments: S steps, N environments, B batch, T tasks, C channels, n experts, E = n or 1 experts of a
 layer, m tokens, d inputs and h outputs of a layer.
 """

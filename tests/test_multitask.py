@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from conftest import MULTITASK, load
+from conftest import ALGOS, MULTITASK, load
 from test_training import flags, model, same, start
 
 pytest.importorskip("minatar")
@@ -89,13 +89,14 @@ def test_files_of_a_run(module, finished):
 
 @pytest.mark.parametrize("script_name", MULTITASK)
 def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path):
-    """Killed in the first phase, so that the resumed run makes the switch from its first task to its second."""
+    """Killed in the first phase, so that the resumed run makes the switch; the script is a copy that stands alone."""
     half, end = STEPS[script_name]
     settings = SMALL[script_name] | {"protocol": "continual", "eval_every": half * 3 // 4}
     settings |= {"total_timesteps": 4 * half, "checkpoint_every": half // 2}
     settings = flags(**{k: v for k, v in settings.items() if k != "tasks"}) + ["--tasks", *settings["tasks"]]
-    whole = start(script_name, *settings, "--run-dir", str(tmp_path / "whole"))
-    killed = start(script_name, *settings, "--run-dir", str(tmp_path / "killed"))
+    shutil.copy(ALGOS / f"{script_name}.py", tmp_path)
+    alone = {"cwd": tmp_path, "path": tmp_path}
+    whole, killed = (start(script_name, *settings, "--run-dir", name, **alone) for name in ("whole", "killed"))
     evaluations = tmp_path / "killed" / "eval.csv"
     while killed.poll() is None and not (evaluations.exists() and "deterministic" in evaluations.read_text()):
         time.sleep(0.01)
@@ -103,10 +104,11 @@ def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path
     assert killed.wait() == -signal.SIGKILL
     stopped_at = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["global_step"]
     assert half // 2 <= stopped_at < 4 * half
-    resumed = start(script_name, "--resume", str(tmp_path / "killed"))
+    resumed = start(script_name, "--resume", "killed", **alone)
     output, _ = resumed.communicate()
     assert resumed.returncode == 0, output
-    assert whole.wait() == 0
+    output, _ = whole.communicate()
+    assert whole.returncode == 0 and "active for one" in output, output
     assert equal(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -268,16 +270,11 @@ def test_resumed_run_cannot_change(module, finished, capsys):
         assert stop.value.code == 2 and expected in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script_name", MULTITASK)
-def test_copied_alone_it_runs_from_the_command_line(script_name, tmp_path):
-    module = load(script_name)
-    shutil.copy(module.__file__, tmp_path)
-    small = {k: v for k, v in SMALL[script_name].items() if k != "tasks"} | {"total_timesteps": 64}
-    arguments = [*flags(**small), "--tasks", *SMALL[script_name]["tasks"], "--critic-moe", "middle"]
-    output, _ = start(script_name, *arguments, cwd=tmp_path, path=tmp_path).communicate()
-    assert "finished at step 64" in output and "active for one" in output, output
-    (run,) = (tmp_path / "runs").iterdir()
-    assert script_name in run.name and (run / "moe.csv").exists()
+def test_folder_of_a_run(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = module.main(module.Args(**(SMALL[module.SCRIPT] | {"total_timesteps": 64})))
+    tasks = {"sac_moe_multitask": "2tasks", "ppo_moe_multitask": "MinAtar-breakout-asterix"}[module.SCRIPT]
+    assert run.parent.name == "runs" and run.name.startswith(f"{tasks}__{module.SCRIPT}__s1__")
 
 
 def test_help_shows_every_flag(module, capsys, monkeypatch):
