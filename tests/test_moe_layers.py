@@ -404,6 +404,9 @@ def test_padding_and_actions_of_each_game(ppo_moe, task):
         assert games.step(0, action)[:2] == (reward, terminated)
         if terminated:
             break
+    games.games[0].last_action = 5
+    games.start(0)
+    assert games.games[0].last_action == 0  # MinAtar's reset leaves it: sticky over the end of an episode
     for action in range(6):  # game 2 + a plays action a with the same random numbers as game 1 does nothing
         games.games[1].seed(5), games.games[2 + action].seed(5)
         games.start(1), games.start(2 + action)
