@@ -75,7 +75,7 @@ class Args:
     eval_episodes: int = 10  # episodes of each task per evaluation
     checkpoint_every: int = 500_000  # steps between checkpoints, which end all episodes: see ppo.py's docstring
     device: str = "cpu"  # cpu, cuda or cuda:N
-    num_threads: int = 1  # CPU threads of PyTorch; 2 are faster where no other run needs the core
+    num_threads: int = 2  # CPU threads of PyTorch; 1 where another run needs the other core
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
     num_envs: int = 63  # environments
     num_steps: int = 128  # steps of each environment per rollout

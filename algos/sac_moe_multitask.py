@@ -14,15 +14,16 @@ What differs from sac.py:
 1. T tasks. --protocol multitask: step t is one of task t mod T. --protocol continual: one task after the other,
    --cycles times; a task that comes back goes on with its running episode and its old replay.
 2. Every task has a temperature and an equal part of the replay. multitask: a batch has equal shares of all tasks.
-   continual: it is the running task's alone (nothing is rehearsed), and each task starts with random steps of its own.
+   continual: it is the running task's alone (nothing is rehearsed). --learning-starts counts for each task.
 3. Actor and critics know the task as a one-hot behind the observation. --no-task-id takes it away from the networks and
    their routers, except from hardcoded routing.
 4. MLP states are one token per sample (PerSamp), for which Soft MoE is the dense gate above. --actor-moe, --critic-moe:
    baseline; middle, final or all layers (each with a router of its own); big: each expert is a whole network.
 5. Measured at every evaluation: see measure() and moe.csv.
 Where this differs from the papers: they do not have SAC; 1 to 3, --match-params and the tasks are ours. Every expert
-computes every sample, and one that is not chosen is weighted 0: nothing is dropped, and no time is saved. The obstacle
-penalty is -10, not the layout's -100, and the temperature starts at 0.1 as in sac.py: otherwise SAC stands still.
+computes every sample, and one that is not chosen is weighted 0: nothing is dropped, and no time is saved. Obstacle
+penalty and speed bonus of the layouts, random steps and first temperature are those of sac.py's default task: with an
+obstacle penalty of -100, which is the layouts' own, SAC learns to stand still.
 Letters in the shape comments: B batch, O observation size, A action dimensions, T tasks, n experts, N networks in one
 batch (2 critics or 1 actor), E = n or 1 experts of a layer, d inputs and h outputs of a layer.
 """
@@ -54,7 +55,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 # === end shared ===
-TARGET = "moe_envs:TargetReaching-v0?layout=task{}&obstacle_penalty=-10"
+TARGET = "moe_envs:TargetReaching-v0?layout=task{}&obstacle_penalty=-10&speed_bonus=0.3"
 LAYOUTS = tuple(TARGET.format(i) for i in range(4))
 TASK_SETS = {  # names that --tasks understands
     "target-reaching": LAYOUTS,
@@ -69,7 +70,7 @@ Architecture = Literal["baseline", "middle", "final", "all", "big"]
 class Args:
     tasks: tuple[str, ...] = ("target-reaching",)  # one of the sets, or environment ids with arguments after "?"
     seed: int = 1  # seed of everything random
-    total_timesteps: int | None = None  # of all tasks together (default: 120,000; with --resume those of that run)
+    total_timesteps: int | None = None  # of all tasks together (default: 160,000; with --resume those of that run)
     run_dir: str | None = None  # folder of this run (default: runs/<tasks>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to continue from its last checkpoint
     evaluate: str | None = None  # folder of a run to evaluate instead of training
@@ -78,10 +79,10 @@ class Args:
     eval_episodes: int = 5  # episodes of each task per evaluation
     checkpoint_every: int = 10_000  # steps between checkpoints
     device: str = "cpu"  # cpu, cuda or cuda:N
-    num_threads: int = 1  # CPU threads of PyTorch; 2 are faster where no other run needs the core
+    num_threads: int = 2  # CPU threads of PyTorch; 1 where another run needs the other core
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
     # === shared: sac arguments ===
-    learning_starts: int = 1_000  # uniformly random steps before the first update
+    learning_starts: int = 10_000  # uniformly random steps before the first update
     buffer_size: int = 1_000_000  # rows of replay: a transition takes one, the end of an episode another
     update_every: int = 1  # environment steps per update
     batch_size: int = 256  # transitions per update
@@ -697,7 +698,7 @@ def check_tasks(args: Args) -> Args:
     if args.protocol == "multitask" and args.cycles != 1:
         fail(f"--cycles {args.cycles}: goes with --protocol continual")
     if args.total_timesteps is None:
-        args = dataclasses.replace(args, total_timesteps=120_000)
+        args = dataclasses.replace(args, total_timesteps=160_000)
     if args.protocol == "continual" and args.total_timesteps < number * args.cycles:
         fail(f"--total-timesteps {args.total_timesteps}: fewer than the {number * args.cycles} phases; give more")
     return args
@@ -874,7 +875,7 @@ def main(args: Args) -> Path:
         save()  # from now on the run can be resumed
         while global_step < args.total_timesteps:
             if args.protocol == "multitask":
-                task, learned, fresh = global_step % number, list(tasks), global_step
+                task, learned, fresh = global_step % number, list(tasks), global_step // number
             else:
                 phase = running_phase(global_step, args)
                 task, learned = phase % number, [phase % number]

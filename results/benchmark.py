@@ -53,7 +53,7 @@ def moe_suites() -> dict[str, Suite]:
                 reaching[f"multitask-{kind}"] = f"sac_moe_multitask {flags}"
             flags += " --tokens persamp" * (kind in ("topk-middle", "hardcoded-middle"))
             minatar[f"{protocol}-{kind}"] = f"ppo_moe_multitask {flags}"
-    shared = "--tasks target-reaching-inverted --num-experts 8 --match-params --update-every 2 --num-threads 1"
+    shared = "--tasks target-reaching-inverted --num-experts 8 --match-params --update-every 4 --num-threads 1"
     return {
         "moe-minatar": Suite(
             "MinAtar-3-games",
@@ -63,7 +63,7 @@ def moe_suites() -> dict[str, Suite]:
         ),
         "moe-target-reaching": Suite(
             "TargetReaching-v0-8-tasks",
-            f"{shared} --total-timesteps 160000 --eval-every 20000 --checkpoint-every 20000",
+            f"{shared} --total-timesteps 320000 --eval-every 20000 --checkpoint-every 20000",
             range(1, 4),
             reaching,
         ),

@@ -437,7 +437,11 @@ def panels(rows: int, columns: int, height: float):
 def short(task: str) -> str:
     """`moe_envs:TargetReaching-v0?layout=task1&obstacle_penalty=-10` -> `task1`."""
     name, _, query = task.partition("?")
-    words = [w.removeprefix("layout=").replace("=True", "") for w in query.split("&") if "penalty" not in w]
+    words = [
+        w.removeprefix("layout=").replace("=True", "")
+        for w in query.split("&")
+        if not w.startswith(("obstacle_penalty", "speed_bonus"))
+    ]
     return " ".join(words) if query else name
 
 
