@@ -33,6 +33,43 @@ class Suite(NamedTuple):
 TARGET_REACHING = "TargetReaching-v0-fixed"  # the default task of the scripts
 HALFCHEETAH = "--env-id HalfCheetah-v5 --total-timesteps 100000 --eval-every 10000"
 HALFCHEETAH += " --learning-starts 5000 --alpha-init 1 --num-threads 1"  # the usual settings of SAC
+
+
+def moe_suites() -> dict[str, Suite]:
+    """Mixture-of-experts layers against a baseline that is the same code without experts.
+
+    topk and hardcoded routing have per-sample tokens in the middle layer: every expert computes every token, and with
+    64 tokens per sample that takes several times as long as all the rest. The eight experts of target reaching share
+    the baseline's width, for the same reason.
+    """
+    minatar, reaching = {}, {}
+    kinds = ["baseline", *(f"{r}-{a}" for a in ("middle", "big") for r in ("softmoe", "topk", "hardcoded"))]
+    for protocol in ("multitask", "continual"):
+        for kind in kinds:
+            router, _, architecture = kind.rpartition("-")
+            flags = f"--protocol {protocol} --actor-moe {architecture} --critic-moe {architecture}"
+            flags += f" --router {router}" * bool(router)
+            if protocol == "multitask" and kind in ("baseline", "softmoe-big", "hardcoded-big"):
+                reaching[f"multitask-{kind}"] = f"sac_moe_multitask {flags}"
+            flags += " --tokens persamp" * (kind in ("topk-middle", "hardcoded-middle"))
+            minatar[f"{protocol}-{kind}"] = f"ppo_moe_multitask {flags}"
+    shared = "--tasks target-reaching-inverted --num-experts 8 --match-params --update-every 4 --num-threads 1"
+    return {
+        "moe-minatar": Suite(
+            "MinAtar-3-games",
+            "--num-experts 3 --total-timesteps 3024000 --num-threads 1",  # 375 rollouts
+            range(1, 4),
+            minatar,
+        ),
+        "moe-target-reaching": Suite(
+            "TargetReaching-v0-8-tasks",
+            f"{shared} --total-timesteps 320000 --eval-every 20000 --checkpoint-every 20000",
+            range(1, 4),
+            reaching,
+        ),
+    }
+
+
 SUITES = {
     "target-reaching": Suite(
         TARGET_REACHING,
@@ -63,7 +100,7 @@ SUITES = {
         range(1, 4),
         {"sac-medium": "sac --matmul-precision medium"},
     ),
-}
+} | moe_suites()
 
 # PPO on one thread. The folders end in -ppo: other step counts than SAC's, so other figures.
 PPO_MUJOCO = "--total-timesteps 1000000 --eval-every 50000 --eval-episodes 5"

@@ -96,6 +96,7 @@ class Run(NamedTuple):
     info: dict  # run.json
     evals: dict[str, np.ndarray]  # policy -> (evaluations, 3): global step, return, success
     trajectories: dict[str, np.ndarray]  # panel -> (rows, 4): episode, step, x, y
+    moe: list[dict]  # rows of moe.csv, with float global_step and value; only of several tasks
 
 
 # Reading
@@ -107,14 +108,21 @@ def read_run(folder: Path) -> Run:
     with open(folder / "eval.csv") as file:
         for row in csv.DictReader(file):
             values = [float(row[c]) for c in ("global_step", "return", "success")]
-            evals.setdefault(row["policy"], []).append(values)
+            evals.setdefault(row["policy"] + row.get("task", ""), []).append(values)  # deterministic0 where T tasks
     if (folder / "trajectories.csv").exists():
         with open(folder / "trajectories.csv") as file:
             for row in csv.DictReader(file):
                 values = [float(row[c]) for c in ("episode", "step", "x", "y")]
                 trajectories.setdefault(row["panel"], []).append(values)
+    moe = []
+    if (folder / "moe.csv").exists():
+        with open(folder / "moe.csv") as file:
+            moe = [
+                {**row, "global_step": int(row["global_step"]), "value": float(row["value"])}
+                for row in csv.DictReader(file)
+            ]
     arrays = ({k: np.array(v) for k, v in rows.items()} for rows in (evals, trajectories))
-    return Run(info["args"]["seed"], info, *arrays)
+    return Run(info["args"]["seed"], info, *arrays, moe)
 
 
 def read_runs(root: Path) -> dict[str, dict[str, list[Run]]]:
@@ -397,6 +405,179 @@ def section(env: str, labels: dict[str, list[Run]], figures: Path) -> list[str]:
     return lines
 
 
+# Several tasks: runs of the multi-task scripts, which have a moe.csv
+
+
+def measured(run: Run, network: str, metric: str, item: str = "") -> tuple[np.ndarray, np.ndarray]:
+    """Steps (E,) and values (E,) of one metric of one network; the mean over what is left open (pairs of tasks)."""
+    rows = [r for r in run.moe if r["network"] == network and r["metric"] == metric and item in ("", r["item"])]
+    steps = sorted({r["global_step"] for r in rows})
+    return np.array(steps), np.array([np.mean([r["value"] for r in rows if r["global_step"] == t]) for t in steps])
+
+
+def band(axis, steps: np.ndarray, values: np.ndarray, label: str, look: dict, statistic=iqm):
+    """The statistic of values (n, E) over the seeds and its interval."""
+    low, high = interval(values, statistic)
+    axis.plot(steps / 1000, statistic(values), label=label, markersize=3, **look)
+    axis.fill_between(steps / 1000, low, high, color=look["color"], alpha=0.12, linewidth=0)
+
+
+def panels(rows: int, columns: int, height: float):
+    """A figure and its axes (rows, columns), which share the steps."""
+    size = {"figsize": (WIDTH, rows * height + 0.6), "layout": "constrained"}
+    figure, axes = plt.subplots(rows, columns, squeeze=False, sharex=True, **size)
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=8)
+    for axis in axes[-1]:
+        axis.set_xlabel("environment steps (thousands)", fontsize=8)
+    return figure, axes
+
+
+def short(task: str) -> str:
+    """`moe_envs:TargetReaching-v0?layout=task1&obstacle_penalty=-10` -> `task1`."""
+    name, _, query = task.partition("?")
+    words = [
+        w.removeprefix("layout=").replace("=True", "")
+        for w in query.split("&")
+        if not w.startswith(("obstacle_penalty", "speed_bonus"))
+    ]
+    return " ".join(words) if query else name
+
+
+def plot_tasks(labels: dict[str, list[Run]], path: Path) -> bool:
+    """Each task's return, or success if it has one (the answer), over the steps of all tasks; switches are dashed."""
+    args = next(iter(labels.values()))[0].info["args"]
+    tasks = args["tasks"]
+    success = all(np.isfinite(run.evals["deterministic0"][:, 2]).all() for group in labels.values() for run in group)
+    columns = min(len(tasks), 4)
+    figure, axes = panels(math.ceil(len(tasks) / columns), columns, 2.4)
+    for i, (task, axis) in enumerate(zip(tasks, axes.flat, strict=False)):
+        for label, look in style(labels).items():
+            evals = np.stack([run.evals[f"deterministic{i}"] for run in labels[label]])
+            band(axis, evals[0, :, 0], evals[..., 1 + success], label, look, mean if success else iqm)
+        phases = len(tasks) * args["cycles"] if args["protocol"] == "continual" else 1
+        for switch in range(1, phases):
+            axis.axvline(switch * args["total_timesteps"] / phases / 1000, color="k", linestyle="--", linewidth=0.7)
+        axis.set_title(short(task), fontsize=9)
+        if success:
+            axis.set_ylim(-0.04, 1.04)
+    axes[0, 0].set_ylabel("success" if success else "return")
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8
+    )
+    save(figure, path)
+    return success
+
+
+def plot_networks(labels: dict[str, list[Run]], path: Path):
+    """Dormant neurons, effective rank and norm of the features over the steps; actors above, critics below."""
+    metrics = {"dormant_0.025": "dormant neurons", "rank": "effective rank", "norm": "norm of the features"}
+    figure, axes = panels(2, 3, 2.4)
+    for row, network in zip(axes, ("actor", "critic"), strict=True):
+        for axis, (metric, name) in zip(row, metrics.items(), strict=True):
+            for label, look in style(labels).items():
+                item = "total" if metric.startswith("dormant") else ""
+                curves = [measured(run, network, metric, item) for run in labels[label]]
+                band(axis, curves[0][0], np.stack([values for _, values in curves]), label, look)
+            axis.set_title(f"{network}, {name}", fontsize=9)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8
+    )
+    save(figure, path)
+
+
+def routing(run: Run, network: str) -> np.ndarray | None:
+    """The last weights (T, n) of the first router of a network; None if it has no experts."""
+    rows = [r for r in run.moe if r["network"] == network and r["metric"].startswith("router")]
+    rows = [
+        r for r in rows if r["global_step"] == rows[-1]["global_step"] and r["metric"] == min(q["metric"] for q in rows)
+    ]
+    weights = np.full((len(run.info["args"]["tasks"]), run.info["args"]["num_experts"]), np.nan)
+    for r in rows:
+        weights[int(r["task"]), int(r["item"])] = r["value"]
+    return weights if rows else None
+
+
+def plot_experts(labels: dict[str, list[Run]], path: Path):
+    """Expert by task at the end, first seed of each label: experts of several seeds have nothing in common."""
+    groups = {label: group[0] for label, group in labels.items() if routing(group[0], "actor") is not None}
+    figure, axes = plt.subplots(2, max(len(groups), 2), figsize=(WIDTH, 3.6), squeeze=False, layout="constrained")
+    for row, network in zip(axes, ("actor", "critic"), strict=True):
+        for axis in row[len(groups) :]:
+            axis.axis("off")
+        for axis, (label, run) in zip(row, groups.items(), strict=False):
+            axis.imshow(routing(run, network), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+            axis.set_title(f"{label.split('-', 1)[-1]}\n{network}", fontsize=8)
+            axis.set(xticks=range(run.info["args"]["num_experts"]), yticks=[])
+            axis.tick_params(labelsize=7)
+            for (task, expert), weight in np.ndenumerate(routing(run, network)):
+                if weight >= 0.005:
+                    colour = "white" if weight > 0.6 else "black"
+                    text = {"ha": "center", "va": "center", "fontsize": 5, "color": colour}
+                    axis.text(expert, task, f"{weight:.2f}", **text)
+        tasks = next(iter(groups.values())).info["args"]["tasks"]
+        row[0].set_yticks(range(len(tasks)), [short(task) for task in tasks])
+    save(figure, path)
+
+
+def table_of_tasks(labels: dict[str, list[Run]], column: int) -> list[str]:
+    """Return (1) or success (2) of each task at the end, and the last of each measurement, actor / critic."""
+    args = next(iter(labels.values()))[0].info["args"]
+    heads = ["label", "seeds", *map(short, args["tasks"]), "mean of the tasks", "dormant", "rank", "cosine"]
+    heads += ["parameters, millions", "active", "steps/s", "commit"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    digits, statistic = (2, mean) if column == 2 else (1, iqm)
+    for label, group in labels.items():
+        ends = np.array(
+            [[run.evals[f"deterministic{i}"][-1, column] for i in range(len(args["tasks"]))] for run in group]
+        )
+        cells = [label, len(group), *(with_interval(end, digits, statistic) for end in ends.T)]
+        cells += [with_interval(ends.mean(1), digits, statistic)]
+        for metric, item, places in (("dormant_0.025", "total", 2), ("rank", "", 0), ("cosine", "", 2)):
+            last = [[measured(run, n, metric, item)[1] for run in group] for n in ("actor", "critic")]
+            cells.append(
+                " / ".join(f"{np.mean([v[-1] for v in values if len(v)] or np.nan):.{places}f}" for values in last)
+            )
+        counts = [group[0].info["parameters"][n] for n in ("actor", "critic")]
+        cells += [" / ".join(f"{count[key] / 1e6:.3f}" for count in counts) for key in ("total", "active")]
+        cells += [f"{np.median([run.info['steps_per_second'] for run in group]):.0f}", commits(group)]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return lines
+
+
+def section_of_tasks(env: str, every: dict[str, list[Run]], figures: Path) -> list[str]:
+    """Draws the figures of one set of tasks, protocol by protocol, and returns its part of README.md."""
+    lines = [f"## {env}", ""]
+    for protocol in sorted({group[0].info["args"]["protocol"] for group in every.values()}, reverse=True):
+        labels = {k: group for k, group in every.items() if group[0].info["args"]["protocol"] == protocol}
+        name = f"{env}-{protocol}"
+        success = plot_tasks(labels, figures / f"{name}.png")
+        plot_networks(labels, figures / f"{name}-networks.png")
+        note = f"{seeds_of(labels)} Commit {commits([run for group in labels.values() for run in group])}."
+        what = "mean of the success" if success else "interquartile mean of the return"
+        captions = {name: f"Each task: deterministic policy, {what} over the seeds, 95% bootstrap intervals. {note}"}
+        text = "Dormant neurons (tau 0.025, all hidden layers), effective rank (delta 0.01) and norm of what the last"
+        captions[f"{name}-networks"] = (
+            f"{text} layer gets; interquartile mean over the seeds, 95% bootstrap intervals. {note}"
+        )
+        if any(routing(group[0], "actor") is not None for group in labels.values()):
+            plot_experts(labels, figures / f"{name}-experts.png")
+            text = (
+                "Mean weight of each expert (columns) on the states of each task (rows) at the end; first router of the"
+            )
+            captions[f"{name}-experts"] = f"{text} network, first seed of each label, not a chosen one."
+        for file, caption in captions.items():
+            lines += [f"![{file}](figures/{file}.png)", "", f"*{caption}*", ""]
+        lines += [*table_of_tasks(labels, 1 + success), ""]
+        lines += [
+            "Dormant (tau 0.025), rank and cosine (mean over pairs of tasks): actor / critic, mean over the seeds.",
+            "",
+        ]
+        lines += ["```", *(group[0].info["command"] for group in labels.values()), "```", ""]
+    return lines
+
+
 INTRODUCTION = """
 # Results
 
@@ -427,7 +608,8 @@ def main(root: Path):
     if (root / "findings.md").exists():
         lines += [(root / "findings.md").read_text().strip(), ""]
     for env, labels in sorted(read_runs(root / "runs").items()):
-        lines += section(env, labels, figures)
+        several = next(iter(labels.values()))[0].moe
+        lines += (section_of_tasks if several else section)(env, labels, figures)
     (root / "README.md").write_text("\n".join(lines))
 
 

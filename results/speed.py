@@ -1,7 +1,8 @@
 """How fast the scripts are, as ratios to the same algorithms written the plain way, on CPU.
 
     python results/speed.py [--threads 1 2] [--precisions highest medium] [--train-steps 1500]
-    python results/speed.py --ppo                           # PPO against stable-baselines3's
+    python results/speed.py --ppo        # instead: PPO against stable-baselines3's
+    python results/speed.py --minatar    # instead: whole training on MinAtar with and without experts
 
 One gradient step on a synthetic batch, and whole training on HalfCheetah-v5 (environment, replay, action and update).
 The plain SAC has two separate critics with an Adam each, weight gradients in the actor's step that nobody uses, a
@@ -262,6 +263,76 @@ def ppo_speed(threads: list[int], rounds: int):
             print(f"| {name} | {count} | {speed:.0f} | {rollout:.2f} | {learning:.2f} | {ratio:.2f} |", flush=True)
 
 
+def minatar(threads: list[int], rounds: int):
+    """Whole training on three MinAtar games, baseline and eight experts in turn, and the share of each part.
+
+    The games are one Python process and cannot be faster than stepping them alone, which is the floor. With one thread
+    it is the process's own time that counts, so that other processes on the machine do not matter much.
+    """
+    print("| MinAtar | threads | steps/s | baseline's / its | games | acting | values | learning |")
+    print("|---|---|---|---|---|---|---|---|")
+    module = load("ppo_moe_multitask")
+    forms = {  # architecture, slots per expert
+        "baseline": ("baseline", 1),
+        "Soft MoE, middle, n = 8, p = 1": ("middle", 1),
+        "Soft MoE, middle, n = 8, p = 8": ("middle", 8),
+    }
+    for number in threads:
+        torch.set_num_threads(number)
+        clock = time.process_time if number == 1 else time.perf_counter
+        times = {name: [] for name in forms}
+        for i in range(rounds + 1):  # the first round warms up
+            for name, (architecture, slots) in forms.items():
+                args = module.Args(actor_moe=architecture, critic_moe=architecture, slots=slots, num_experts=8)
+                torch.manual_seed(0)
+                agent = module.Agent(args)
+                games = module.Games([args.tasks[j % 3] for j in range(args.num_envs)], args)
+                games.reset(args, first=i)
+                spent, step = [0.0], games.step
+
+                def timed_step(j, action, step=step, spent=spent, clock=clock):
+                    start = clock()
+                    result = step(j, action)
+                    spent[0] += clock() - start
+                    return result
+
+                games.step = timed_step
+                start = clock()
+                batch, _ = module.rollout(agent, games, args.num_steps, args)
+                middle = clock()
+                module.learn(agent, batch, args)
+                end = clock()
+                inputs = [
+                    (*module.see(x), y) for x, y in zip(batch.obs.split(1024), batch.task.split(1024), strict=True)
+                ]
+                values_start = clock()
+                with torch.no_grad():
+                    for x in inputs:
+                        agent.critic(*x)
+                values = clock() - values_start
+                rest = middle - start - spent[0] - values
+                times[name] += [(end - start, spent[0], rest, values, end - middle)] if i else []
+        for name, rows in times.items():
+            total, *parts = (statistics.median(column) for column in zip(*rows, strict=True))
+            ratio = statistics.median(b[0] / a[0] for a, b in zip(times["baseline"], rows, strict=True))
+            shares = " | ".join(f"{part / total:.0%}" for part in parts)
+            print(f"| {name} | {number} | {len(batch.obs) / total:.0f} | {ratio:.2f} | {shares} |", flush=True)
+    for task in module.CHANNELS:
+        args = module.Args(tasks=(task,))
+        games, rng = module.Games([task] * 8, args), np.random.default_rng(0)
+        games.reset(args, first=0)
+
+        def play(games=games, rng=rng):
+            for j, action in enumerate(rng.integers(6, size=8).tolist()):
+                if any(games.step(j, action)[1:]):
+                    games.start(j)
+
+        start = time.process_time()
+        for _ in range(500):
+            play()
+        print(f"{task} alone: {4000 / (time.process_time() - start):.0f} steps/s with random actions")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -269,10 +340,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--train-steps", type=int, default=900, help="0 leaves the whole training out")
     parser.add_argument("--ppo", action="store_true", help="PPO against stable-baselines3's, and nothing else")
+    parser.add_argument("--minatar", action="store_true", help="only the whole training on MinAtar")
     args = parser.parse_args()
     torch.set_flush_denormal(True)  # for both forms: the plain one would be slower still without it
     if args.ppo:
         return ppo_speed(args.threads, args.rounds)
+    if args.minatar:
+        return minatar(args.threads, args.rounds)
     print("| gradient step | threads | matmul | ours, ms | plain, ms | ours / plain |\n|---|---|---|---|---|---|")
     for name, case in CASES.items():
         for threads in args.threads:

@@ -8,7 +8,8 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the networks here are tiny, and subprocesses run beside each other
 ALGOS = Path(__file__).parent.parent / "algos"
-SCRIPTS = sorted(path.stem for path in ALGOS.glob("*.py"))
+MULTITASK = sorted(path.stem for path in ALGOS.glob("*_multitask.py"))  # have tests of their own: test_multitask.py
+SCRIPTS = sorted(path.stem for path in ALGOS.glob("*.py") if path.stem not in MULTITASK)
 
 
 def load(name: str):
@@ -55,3 +56,13 @@ def sac_script(request):
 def ppo_script(request):
     """Every on-policy script in turn."""
     return load(request.param)
+
+
+@pytest.fixture(scope="session")
+def sac_moe():
+    return load("sac_moe_multitask")
+
+
+@pytest.fixture(scope="session")
+def ppo_moe():
+    return load("ppo_moe_multitask")

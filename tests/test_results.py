@@ -162,6 +162,43 @@ def test_plot_writes_figures_and_a_page_and_repeats_to_the_byte(plot, tmp_path):
     assert "| 0.33 [0.00, 1.00] |" in page
 
 
+def make_run_of_tasks(root, label, seed, protocol="multitask", experts=True):
+    folder = make_run(root, env="Games", label=label, seed=seed)
+    run = json.loads((folder / "run.json").read_text())
+    run["args"] |= {"tasks": ["left", "right"], "protocol": protocol, "cycles": 1, "num_experts": 2}
+    run["parameters"] = {"actor": {"total": 5000, "active": 3000}, "critic": {"total": 4000, "active": 2000}}
+    (folder / "run.json").write_text(json.dumps(run))
+    lines = ["global_step,policy,task,episodes,return,return_std,length,success"]
+    lines += [f"{t},deterministic,{task},10,{seed * t + task},0.0,5.0,nan" for t in (500, 1000) for task in (0, 1)]
+    (folder / "eval.csv").write_text("\n".join([*lines, ""]))
+    lines = ["global_step,network,metric,task,item,value"]
+    for t in (500, 1000):
+        for network, rank in (("actor", 10), ("critic", 20)):
+            lines += [f"{t},{network},dormant_0.025,,total,{t / 4000}", f"{t},{network},rank,,,{rank * seed}"]
+            lines += [f"{t},{network},norm,,,1.5", f"{t},{network},cosine,0,1,-0.5"]
+            if experts:
+                lines += [f"{t},{network},router1,{i},{j},{(i == j) * 0.75}" for i in (0, 1) for j in (0, 1)]
+    (folder / "moe.csv").write_text("\n".join([*lines, ""]))
+
+
+def test_plot_of_several_tasks(plot, tmp_path):
+    for seed in (1, 3):
+        make_run_of_tasks(tmp_path, "multitask-baseline", seed, experts=False)
+        make_run_of_tasks(tmp_path, "multitask-big", seed)
+        make_run_of_tasks(tmp_path, "continual-baseline", seed, "continual", experts=False)
+    plot.main(tmp_path)
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    both = {f"Games-{p}{part}.png" for p in ("multitask", "continual") for part in ("", "-networks")}
+    assert names == both | {"Games-multitask-experts.png"}
+    page = (tmp_path / "README.md").read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| multitask-big")]
+    cells = [cell.strip() for cell in rows[0].strip("|").split("|")]
+    assert cells[:3] == ["multitask-big", "2", "2000.0 [1000.0, 3000.0]"] and cells[4].startswith("2000.5 [")
+    assert cells[5:10] == ["0.25 / 0.25", "20 / 40", "-0.50 / -0.50", "0.005 / 0.004", "0.003 / 0.002"]
+    run = plot.read_run(tmp_path / "runs" / "Games" / "multitask-big" / "s1")
+    assert plot.routing(run, "critic").tolist() == [[0.75, 0], [0, 0.75]]
+
+
 def test_plot_without_runs(plot, tmp_path):
     plot.main(tmp_path)
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["README.md"]

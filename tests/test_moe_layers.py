@@ -1,0 +1,489 @@
+"""The mathematics of the mixture-of-experts layers, of what is measured on them, and of the two multi-task updates."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+ARCHITECTURES = ("middle", "final", "all", "big")
+NARROW = ("CartPole-v1",)  # tasks are only counted here
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def sac_args(module, architecture="big", tasks=3, **changes):
+    return module.Args(**{"tasks": NARROW * tasks, "actor_moe": architecture, "critic_moe": architecture} | changes)
+
+
+def ppo_args(module, architecture="big", **changes):
+    return module.Args(actor_moe=architecture, critic_moe=architecture, **changes)
+
+
+def network(module, architecture, **changes):
+    """A network of either script with 4 outputs, inputs for it, and the parameters of its layers (E, ...)."""
+    if module.SCRIPT.startswith("sac"):
+        moe = module.MoE(2, 5, 4, architecture, sac_args(module, **changes), hidden=12)
+        inputs = (torch.randn(9, 5),)
+        weights = [*moe.weights, *moe.biases]  # (N, E, d, h)
+        return moe, inputs, [w.movedim(1, 0) for w in weights]
+    moe = module.MoE(4, 4, 1.0, architecture, ppo_args(module, **changes))
+    inputs = module.see(torch.rand(9, 10, 10, 4) < 0.2)
+    return moe, inputs, [p for layer in moe.modules() if isinstance(layer, module.Experts) for p in layer.parameters()]
+
+
+@pytest.fixture(params=["sac_moe", "ppo_moe"])
+def either(request):
+    return request.getfixturevalue(request.param)
+
+
+# Soft MoE
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_soft_moe_equals_a_loop_over_experts_and_slots(ppo_moe, slots):
+    moe = ppo_moe.TokenMoE(7, ppo_args(ppo_moe, num_experts=4, slots=slots), size=5).double()
+    moe.up.bias.data.normal_()
+    moe.down.bias.data.normal_()
+    x = torch.randn(3, 6, 5, dtype=torch.float64)
+    trace = {}
+    result = moe(x, None, trace)
+    for b in range(3):
+        logits = [[(x[b, j] @ moe.phi[:, s]).item() for s in range(4 * slots)] for j in range(6)]
+        y, usage = torch.zeros(6, 5, dtype=torch.float64), [0.0] * 4
+        for s in range(4 * slots):
+            expert = s // slots
+            total = sum(math.exp(logits[j][s]) for j in range(6))
+            slot = sum(math.exp(logits[j][s]) / total * x[b, j] for j in range(6))
+            h = torch.relu(slot @ moe.up.weight[expert] + moe.up.bias[expert, 0])
+            out = h @ moe.down.weight[expert] + moe.down.bias[expert, 0]
+            for j in range(6):
+                share = math.exp(logits[j][s]) / sum(math.exp(logit) for logit in logits[j])
+                y[j] += share * out
+                usage[expert] += share / 6
+        torch.testing.assert_close(result[b], y, rtol=1e-10, atol=1e-10)
+        assert trace["router2"][b].tolist() == pytest.approx(usage)
+
+
+def test_soft_moe_of_one_token_is_the_dense_gate(ppo_moe):
+    moe = ppo_moe.TokenMoE(7, ppo_args(ppo_moe, num_experts=4), size=5).double()
+    x = torch.randn(3, 1, 5, dtype=torch.float64)
+    gate = (x[:, 0] @ moe.phi).softmax(1)
+    dense = sum(gate[:, i, None] * (x[:, 0] @ moe.up.weight[i]).relu() @ moe.down.weight[i] for i in range(4))
+    torch.testing.assert_close(moe(x, None)[:, 0], dense)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("router", ["softmoe", "topk", "hardcoded"])
+def test_layers_equal_a_loop_over_experts(either, architecture, router):
+    """y = sum_i w_i f_i with a plain loop and the routers' own weights, which the trace shows."""
+    moe, inputs, _ = network(either, architecture, router=router, num_experts=3, top_k=2, **tokens(either))
+    task, trace = torch.arange(9) % 3, {}
+    result, sac_like = moe(*inputs, task, trace), either.SCRIPT.startswith("sac")
+    for number in range(2 if sac_like else 1):  # the two critics, or one network
+        x = inputs[-1]
+        weights = [w[number] if sac_like else w for w in (trace[key] for key in sorted(trace) if "router" in key)]
+        if architecture == "big":
+            x = sum(weights[0][:, e, None] * apply(moe, number, 2, e, hidden(moe, number, e, x)) for e in range(3))
+        else:
+            for layer in range(3):
+                if f"router{layer + 1}" in trace:
+                    w = weights.pop(0)
+                    x = sum(w[:, e, None] * apply(moe, number, layer, e, x) for e in range(3))
+                else:
+                    x = apply(moe, number, layer, 0, x)
+        torch.testing.assert_close(result[number] if sac_like else result, x, rtol=1e-4, atol=1e-5)
+
+
+def apply(moe, number, layer, expert, x):
+    """One expert of one layer."""
+    if hasattr(moe, "layers"):
+        weight, bias = moe.layers[layer].weight[expert], moe.layers[layer].bias[expert]
+    else:
+        weight, bias = moe.weights[layer][number, expert], moe.biases[layer][number, expert]
+    y = x @ weight + bias[0]
+    y = y.relu() if layer < 2 else y
+    return y.flatten(1) if y.ndim == 3 else y  # patches of the convolution
+
+
+def hidden(moe, number, expert, x):
+    return apply(moe, number, 1, expert, apply(moe, number, 0, expert, x))
+
+
+def tokens(module):
+    return {} if module.SCRIPT.startswith("sac") else {"tokens": "persamp"}
+
+
+# Routers
+
+
+def test_topk_keeps_the_k_largest_as_they_are(either):
+    router = either.Router(1, 3, either.Args(router="topk", num_experts=4, top_k=2))
+    router.phi.data[0] = torch.tensor([[1.0, 0, 2, -1], [0, 3, 0, 1], [0, 0, 0, 0]])
+    x = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
+    e = math.e
+    first, second = e + 1 + e**2 + 1 / e, 1 + e**3 + 1 + e
+    expected = [[e / first, 0, e**2 / first, 0], [0, e**3 / second, 0, e / second]]
+    torch.testing.assert_close(router(x, None)[0], torch.tensor(expected))
+
+
+def test_topk_drops_nothing_when_all_samples_want_one_expert(ppo_moe):
+    moe = ppo_moe.TokenMoE(8, ppo_args(ppo_moe, router="topk", num_experts=4), size=5)
+    moe.router.phi.data.zero_()
+    moe.router.phi.data[0, 0] = torch.tensor([0.0, 0.0, 5.0, 0.0])  # all tokens have x_0 > 0
+    x = torch.rand(50, 64, 5) + 0.1
+    weight = (x @ moe.router.phi[0]).softmax(-1)[..., 2, None]
+    expected = weight * ((x @ moe.up.weight[2]).relu() @ moe.down.weight[2])
+    torch.testing.assert_close(moe(x, torch.zeros(50, dtype=torch.long)), expected)
+
+
+def test_load_balance_is_one_if_equal_and_n_if_all_go_to_one(either):
+    router = either.Router(1, 4, either.Args(router="topk", num_experts=4))
+    router.phi.data[0] = 50 * torch.eye(4)
+    router(torch.eye(4)[None], None)
+    assert router.balance.item() == pytest.approx(1.0)
+    router(torch.eye(4)[None, :1].expand(1, 7, 4), None)
+    assert router.balance.item() == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("per_conv", [False, True])
+def test_hardcoded_routing_sends_a_gradient_to_the_tasks_expert_only(either, architecture, per_conv):
+    changes = {"tokens": "perconv" if per_conv else "persamp"} if either.SCRIPT.startswith("ppo") else {}
+    moe, inputs, weights = network(either, architecture, router="hardcoded", num_experts=3, **changes)
+    moe(*inputs, torch.ones(9, dtype=torch.long)).square().sum().backward()
+    touched = 0
+    for parameter in moe.parameters():
+        gradient = parameter.grad.movedim(1, 0) if either.SCRIPT.startswith("sac") else parameter.grad
+        if len(gradient) == 3:
+            assert gradient[1].abs().sum() > 0 and gradient[0].abs().sum() == gradient[2].abs().sum() == 0
+            touched += 1
+    assert (
+        touched == {"middle": 2 + 2 * (per_conv and "tokens" in changes), "final": 2, "all": 6, "big": 6}[architecture]
+    )
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("router", ["softmoe", "topk", "hardcoded"])
+def test_one_expert_is_the_baseline(either, architecture, router):
+    changes = {"num_experts": 1, "router": router, **tokens(either)}
+    moe, inputs, _ = network(either, architecture, **changes)
+    baseline, _, _ = network(either, "baseline", **changes)
+    missing = moe.load_state_dict(baseline.state_dict(), strict=False)
+    assert not missing.unexpected_keys and all("phi" in key for key in missing.missing_keys)
+    task = torch.zeros(9, dtype=torch.long)
+    torch.testing.assert_close(moe(*inputs, task), baseline(*inputs, task))
+
+
+# What is measured
+
+
+def test_dormant_neurons_by_hand(either):
+    x = torch.tensor([[1.0, 0, -0.02, 3], [1, 0, 0.02, -3]])  # sizes 1, 0, 0.02, 3; mean 1.005
+    assert either.dormant(x, 0.0).tolist() == [False, True, False, False]
+    assert either.dormant(x, 0.025).tolist() == [False, True, True, False]
+    assert either.dormant(torch.zeros(3, 2), 0.0).tolist() == [True, True]
+
+
+def test_effective_rank_by_hand(either):
+    q, _ = torch.linalg.qr(torch.randn(20, 5))
+    for values, rank in (([1, 1, 1, 1, 1], 5), ([98.5, 1, 0.4, 0.1, 0], 2), ([99.5, 0.2, 0.2, 0.1, 0], 1)):
+        assert either.effective_rank(q * torch.tensor(values)) == rank
+
+
+def test_cosines_by_hand(either):
+    table = either.cosines([torch.tensor(v) for v in ([3.0, 0], [0.0, 2], [-1.0, -1], [0.0, 0])])
+    c = math.sqrt(0.5)
+    expected = [[1, 0, -c, 0], [0, 1, -c, 0], [-c, -c, 1, 0], [0, 0, 0, 0]]
+    torch.testing.assert_close(table, torch.tensor(expected, dtype=torch.float32))
+
+
+def value_of(rows, **wanted):
+    (row,) = [row for row in rows if all(row[k] == v for k, v in wanted.items())]
+    return row["value"]
+
+
+def fill(module, args, steps=40):
+    agent = module.Agent(3, 2, args)
+    buffers = [module.ReplayBuffer(100, 3, 2, torch.device("cpu")) for _ in args.tasks]
+    rng = np.random.default_rng(0)
+    for buffer in buffers:
+        for _ in range(steps):
+            obs, next_obs = rng.normal(size=(2, 3)).astype(np.float32)
+            buffer.add(obs, rng.uniform(-1, 1, 2).astype(np.float32), rng.normal(), False, next_obs, True)
+    return agent, buffers
+
+
+def test_measure_of_sac_on_made_networks(sac_moe):
+    args = sac_args(sac_moe, "middle", tasks=2, router="hardcoded", num_experts=4)
+    agent, buffers = fill(sac_moe, args)
+    actor = agent.actor.moe
+    actor.biases[0].data[..., :64] = -1e6  # a quarter of the first layer is dead
+    actor.weights[1].data.abs_()  # and the chosen experts of the second layer are alive throughout
+    actor.biases[1].data.fill_(1.0)
+    before = torch.get_rng_state()
+    rows = sac_moe.measure(agent, buffers, args, 7)
+    assert torch.equal(before, torch.get_rng_state()) and {row["global_step"] for row in rows} == {7}
+    assert value_of(rows, network="actor", metric="dormant_0.0", item="layer1") == pytest.approx(0.25, abs=0.02)
+    assert value_of(rows, network="actor", metric="dormant_0.025", item="layer2") == pytest.approx(0.5, abs=1e-6)
+    total = value_of(rows, network="actor", metric="dormant_0.0", item="total")
+    assert total == pytest.approx((0.25 * 256 + 0.5 * 1024) / 1280, abs=0.01)
+    assert value_of(rows, network="actor", metric="router2", task=1, item=1) == 1.0
+    assert value_of(rows, network="critic", metric="router2", task=0, item=1) == 0.0
+    for network_name in ("actor", "critic"):
+        assert -1 <= value_of(rows, network=network_name, metric="cosine", task=0, item=1) <= 1
+
+
+def test_measure_of_sac_sees_equal_and_opposite_tasks(sac_moe):
+    """The critic's gradients of two equal tasks have the cosine 1."""
+    args = sac_args(sac_moe, "baseline", tasks=2, task_id=False, gamma=0.0)
+    agent, buffers = fill(sac_moe, args, steps=1)
+    buffers[1].load_state_dict(buffers[0].state_dict())
+    rows = sac_moe.measure(agent, buffers, args, 0)
+    assert value_of(rows, network="critic", metric="cosine", task=0, item=1) == pytest.approx(1.0, abs=1e-4)
+    assert value_of(rows, network="critic", metric="rank") == 1.0
+    trace = {}
+    agent.actor.moe(buffers[0].obs[:1], torch.zeros(1, dtype=torch.long), trace)
+    assert value_of(rows, network="actor", metric="norm") == pytest.approx(trace["features"].norm().item(), rel=1e-4)
+
+
+def test_measure_of_ppo_on_a_made_network(ppo_moe, monkeypatch):
+    pytest.importorskip("minatar")
+    monkeypatch.setattr(ppo_moe, "PROBE", (2, 20))
+    args = ppo_args(ppo_moe, "big", tasks=("breakout", "asterix"), router="hardcoded", num_experts=4)
+    agent = ppo_moe.Agent(args)
+    for layer in agent.actor.layers[:2]:
+        layer.weight.data.abs_()  # every neuron of the experts in use is alive
+        layer.bias.data.fill_(1.0)
+    before = torch.get_rng_state()
+    rows = ppo_moe.measure(agent, args, 5)
+    assert torch.equal(before, torch.get_rng_state())
+    for item in ("layer1", "layer2", "total"):
+        assert value_of(rows, network="actor", metric="dormant_0.025", item=item) == 0.5  # two experts of four
+    assert value_of(rows, network="critic", metric="router1", task=1, item=1) == 1.0
+    assert value_of(rows, network="actor", metric="cosine", task=0, item=1) == 0.0  # no parameter in common
+    assert rows == ppo_moe.measure(agent, args, 5)
+
+
+# Parameters
+
+
+def test_parameters_are_counted(sac_moe, ppo_moe):
+    """By hand: MLP (d + 1) 256 + 257 256 + 257 out; convolution 37 16 for 4 channels."""
+    for architecture, experts in (
+        ("baseline", (1, 1, 1)),
+        ("middle", (1, 3, 1)),
+        ("final", (1, 1, 3)),
+        ("big", (3, 3, 3)),
+    ):
+        layers = 6 * 256, 257 * 256, 257 * 4
+        total = sum(e * size for e, size in zip(experts, layers, strict=True))
+        active = sum(layers)
+        args = sac_args(sac_moe, router="hardcoded", num_experts=3)
+        assert sac_moe.count_parameters(sac_moe.MoE(1, 5, 4, architecture, args), args) == (total, active)
+        assert sac_moe.count_parameters(sac_moe.MoE(2, 5, 4, architecture, args), args) == (2 * total, 2 * active)
+        routing = 3 * {"baseline": 0, "middle": 256, "final": 256, "big": 5}[architecture]
+        args = sac_args(sac_moe, router="topk", num_experts=3)
+        moe = sac_moe.MoE(1, 5, 4, architecture, args)
+        assert sac_moe.count_parameters(moe, args) == (total + routing, active + routing)
+
+        layers = 37 * 16, 1025 * 128, 129 * 6
+        args = ppo_args(ppo_moe, router="hardcoded", num_experts=3, tokens="persamp")
+        total = sum(e * size for e, size in zip(experts, layers, strict=True))
+        assert ppo_moe.count_parameters(ppo_moe.MoE(4, 6, 1.0, architecture, args), args) == (total, sum(layers))
+    args = ppo_args(ppo_moe, num_experts=8, slots=2)  # per-cell tokens: 16-128-16, and a head of 1,024 inputs
+    total = 37 * 16 + 8 * (17 * 128 + 129 * 16) + 16 * 16 + 1025 * 6
+    assert ppo_moe.count_parameters(ppo_moe.MoE(4, 6, 1.0, "middle", args), args) == (total, total)
+
+
+def test_match_params_divides_the_width(either):
+    moe, inputs, _ = network(either, "big", num_experts=4, match_params=True)
+    wide, _, _ = network(either, "big", num_experts=4)
+    assert sum(p.numel() for p in moe.parameters()) < sum(p.numel() for p in wide.parameters()) / 3
+    assert moe(*inputs, torch.zeros(9, dtype=torch.long)).shape == wide(*inputs, torch.zeros(9, dtype=torch.long)).shape
+
+
+# SAC
+
+
+def test_one_task_without_experts_is_sac(sac, sac_moe):
+    """The same losses and the same weights after an update as sac.py, from the same weights and noise."""
+    args = sac_moe.Args(tasks=("Pendulum-v1",), actor_moe="baseline", critic_moe="baseline", task_id=False)
+    plain, mine = sac.Agent(3, 2, sac.Args()), sac_moe.Agent(3, 2, args)
+
+    def copy(there):
+        c = there.critic
+        for moe in (mine.critic.moe, mine.critic_target.moe):
+            weights = torch.cat([c.w_obs, c.w_action], 1), c.w2, c.w3, c.b1, c.b2, c.b3
+            for to, value in zip([*moe.weights, *moe.biases], weights, strict=True):
+                to.data.copy_(value.data[:, None])
+        layers = there.actor.trunk[0], there.actor.trunk[2], there.actor.head
+        for i, layer in enumerate(layers):
+            mine.actor.moe.weights[i].data.copy_(layer.weight.data.T)
+            mine.actor.moe.biases[i].data.copy_(layer.bias.data)
+
+    copy(plain)
+    batch = sac.Batch(torch.randn(8, 3), torch.rand(8, 2), torch.randn(8), torch.zeros(8), torch.randn(8, 3))
+    torch.manual_seed(3)
+    expected = sac.update(plain, batch, sac.Args())
+    torch.manual_seed(3)
+    losses = sac_moe.update(mine, sac_moe.Batch(*batch), torch.zeros(8, dtype=torch.long), args)
+    for key in ("losses/critic", "losses/actor", "losses/alpha", "policy/entropy"):
+        torch.testing.assert_close(losses[key].squeeze(), expected[key].squeeze(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mine.critic.moe.weights[1][:, 0], plain.critic.w2)
+    torch.testing.assert_close(mine.critic_target.moe.weights[1][:, 0], plain.critic_target.w2)
+    torch.testing.assert_close(mine.actor.moe.weights[2][0, 0].T, plain.actor.head.weight)
+    torch.testing.assert_close(mine.log_alpha[0], plain.log_alpha)
+
+
+def test_each_task_has_its_own_temperature(sac_moe):
+    args = sac_args(sac_moe, tasks=3)
+    agent, buffers = fill(sac_moe, args)
+    batch, task = sac_moe.draw(buffers, [1], 16)
+    sac_moe.update(agent, batch, task, args)
+    start = math.log(args.alpha_init)
+    assert agent.log_alpha[[0, 2]].tolist() == pytest.approx([start, start])
+    assert agent.log_alpha[1] < start - 1e-4  # the fresh policy is nearly uniform: above the target entropy
+
+
+def test_batches_have_equal_shares(sac_moe):
+    _, buffers = fill(sac_moe, sac_args(sac_moe, tasks=3), steps=5)
+    for i, buffer in enumerate(buffers):
+        buffer.reward.fill_(i)
+    batch, task = sac_moe.draw(buffers, [0, 1, 2], 12)
+    assert task.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and batch.reward.tolist() == task.tolist()
+
+
+def test_task_id_reaches_the_networks_only_if_asked(sac_moe):
+    obs, action = torch.randn(1, 3).expand(2, -1), torch.zeros(2, 2)
+    task = torch.tensor([0, 1])
+    for task_id in (True, False):
+        agent = sac_moe.Agent(3, 2, sac_args(sac_moe, tasks=2, task_id=task_id, num_experts=2))
+        means, q = agent.actor(obs, task)[0], agent.critic(obs, action, task)[0]
+        assert torch.allclose(means[0], means[1]) != task_id and torch.allclose(q[0], q[1]) != task_id
+    agent = sac_moe.Agent(3, 2, sac_args(sac_moe, tasks=2, task_id=False, num_experts=2, router="hardcoded"))
+    means = agent.actor(obs, task)[0]
+    assert not torch.allclose(means[0], means[1])
+
+
+# PPO and MinAtar
+
+
+def test_patches_make_a_convolution(ppo_moe):
+    obs = torch.rand(3, 10, 10, 6) < 0.3
+    picture, patches = ppo_moe.see(obs)
+    kernel = torch.randn(16, 6, 3, 3)
+    expected = F.conv2d(obs.permute(0, 3, 1, 2).float(), kernel)  # (B, 16, 8, 8)
+    mine = patches @ kernel.permute(2, 3, 1, 0).reshape(54, 16)  # rows, columns, channels
+    torch.testing.assert_close(mine.transpose(1, 2).view_as(expected), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(picture.view(3, 10, 10, 6).bool(), obs)
+
+
+@pytest.mark.parametrize("task", ["asterix", "breakout", "freeway", "seaquest", "space_invaders"])
+def test_padding_and_actions_of_each_game(ppo_moe, task):
+    """The game's channels stand first, the others are empty; an action that the game does not know does nothing."""
+    minatar = pytest.importorskip("minatar")
+    args = ppo_moe.Args(tasks=(task, "seaquest") if task != "seaquest" else (task,))
+    plain = minatar.Environment(task)
+    assert plain.n_channels == ppo_moe.CHANNELS[task] and plain.num_actions() == ppo_moe.ACTIONS
+    games = ppo_moe.Games([task] * (2 + ppo_moe.ACTIONS), args)
+    assert games.obs.shape == (8, 10, 10, 10)
+    games.reset(args, first=3)
+    plain.seed(ppo_moe.episode_seed(args.seed, 3))
+    plain.reset()
+    rng, known = np.random.default_rng(0), plain.minimal_action_set()
+    for _ in range(60):
+        assert np.array_equal(games.obs[0, ..., : plain.n_channels], plain.state())
+        assert not games.obs[0, ..., plain.n_channels :].any()
+        action = int(rng.integers(6))
+        reward, terminated = plain.act(action)
+        assert games.step(0, action)[:2] == (reward, terminated)
+        if terminated:
+            break
+    games.games[0].last_action = 5
+    games.start(0)
+    assert games.games[0].last_action == 0  # MinAtar's reset leaves it: sticky over the end of an episode
+    for action in range(6):  # game 2 + a plays action a with the same random numbers as game 1 does nothing
+        games.games[1].seed(5), games.games[2 + action].seed(5)
+        games.start(1), games.start(2 + action)
+        same = True
+        for _ in range(8):
+            games.step(1, 0), games.step(2 + action, action)
+            same &= np.array_equal(games.obs[1], games.obs[2 + action])
+        assert same or action in known
+
+
+def test_time_limit_is_bootstrapped_and_death_is_not(ppo_moe, monkeypatch):
+    pytest.importorskip("minatar")
+    monkeypatch.setattr(ppo_moe, "TIME_LIMIT", 7)
+    args = ppo_args(ppo_moe, "baseline", tasks=("breakout",), gae_lambda=0.0)
+    agent, games = ppo_moe.Agent(args), ppo_moe.Games(["breakout"] * 3, args)
+    games.reset(args, first=0)
+    batch, episodes = ppo_moe.rollout(agent, games, 30, args)
+    again = ppo_moe.Games(["breakout"] * 3, args)
+    again.reset(args, first=0)
+    ends = []
+    for t in range(30):
+        for i in range(3):
+            row = 3 * t + i
+            assert np.array_equal(batch.obs[row].numpy(), again.obs[i])
+            reward, terminated, truncated = again.step(i, int(batch.action[row]))
+            value = agent.critic(*ppo_moe.see(torch.from_numpy(again.obs[i : i + 1])), batch.task[:1]).item()
+            expected = reward + args.gamma * (not terminated) * value  # with lambda 0
+            assert batch.target[row].item() == pytest.approx(expected, abs=1e-5)
+            if terminated or truncated:
+                ends.append((0, again.returns[i], again.lengths[i]))
+                again.start(i)
+    assert episodes == ends and {length for *_, length in ends} >= {7} and any(length < 7 for *_, length in ends)
+
+
+def test_gae_of_the_true_values_is_zero(ppo_moe):
+    """Rewards 1 in an endless chain that a time limit cuts: V = 1 / (1 - gamma) everywhere."""
+    args = ppo_moe.Args(gamma=0.9)
+    one = torch.ones(6, 2)
+    done = torch.zeros(6, 2)
+    done[3] = 1
+    advantage = ppo_moe.gae(one, 10 * one, 10 * one, 0 * one, done, args)
+    assert advantage.abs().max() < 1e-5
+
+
+def test_ppo_learns_the_better_action(ppo_moe):
+    """Advantage 1 for one action and -1 for another, by task: each task's policy and value move as told."""
+    args = ppo_args(ppo_moe, "big", router="hardcoded", num_experts=3, update_epochs=8, learning_rate=1e-3)
+    agent = ppo_moe.Agent(args)
+    obs = torch.rand(64, 10, 10, 6) < 0.2
+    task, action = torch.arange(64) % 2, (torch.arange(64) // 2) % 2
+    good = (action == task).float()  # task 0 wants action 0, task 1 action 1
+    log_prob = torch.full((64,), -math.log(6))
+    batch = ppo_moe.Batch(obs, task, action, log_prob, 2 * good - 1, good + task)
+    first = ppo_moe.learn(agent, batch, args)
+    metrics = ppo_moe.learn(agent, batch, args)
+    assert metrics["losses/critic"] < first["losses/critic"]
+    p = agent.actor(*ppo_moe.see(obs), task).softmax(-1)
+    assert (p[task == 0, 0] > p[task == 0, 1]).all() and (p[task == 1, 1] > p[task == 1, 0]).all()
+
+
+# Schedule
+
+
+def test_continual_schedule_switches_when_it_says(either):
+    args = either.Args(tasks=("a", "b", "c"), protocol="continual", cycles=2, total_timesteps=600)
+    phases = [either.running_phase(step, args) for step in range(600)]
+    assert phases == [step // 100 for step in range(600)]
+    uneven = [either.running_phase(step, either.dataclasses.replace(args, total_timesteps=601)) for step in range(601)]
+    assert uneven == sorted(uneven) and uneven[-1] == 5
+    assert {uneven.count(phase) for phase in range(6)} == {100, 101}
+
+
+def test_named_sets_of_tasks(sac_moe):
+    sets = {name: sac_moe.check_tasks(sac_moe.Args(tasks=(name,))).tasks for name in sac_moe.TASK_SETS}
+    assert [len(tasks) for tasks in sets.values()] == [4, 8, 2]
+    straight, inverted = (sac_moe.make_env(sets["target-reaching-inverted"][i]) for i in (1, 5))
+    for env in (straight, inverted):
+        env.reset(seed=0)
+    first, second = straight.step(np.ones(2, np.float32))[0], inverted.step(-np.ones(2, np.float32))[0]
+    assert np.array_equal(first, second)

@@ -1,0 +1,286 @@
+"""Whole runs of the multi-task scripts: exact resume across a task switch, files, evaluation, errors."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from conftest import ALGOS, MULTITASK, load
+from test_training import flags, model, same, start
+
+pytest.importorskip("minatar")
+SMALL = {
+    "sac_moe_multitask": dict(
+        tasks=("Pendulum-v1?max_episode_steps=30", "Pendulum-v1?g=3.0&max_episode_steps=30"),
+        **dict(learning_starts=20, batch_size=8, buffer_size=1000, num_experts=2),
+        **dict(total_timesteps=160, eval_every=80, eval_episodes=1, checkpoint_every=50),
+    ),
+    "ppo_moe_multitask": dict(
+        tasks=("breakout", "asterix"),
+        **dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=1, num_experts=2),
+        **dict(total_timesteps=640, eval_every=320, eval_episodes=2, checkpoint_every=250),
+    ),
+}
+STEPS = {name: (small["eval_every"], small["total_timesteps"]) for name, small in SMALL.items()}  # of the evaluations
+
+
+@pytest.fixture(scope="module", params=MULTITASK)
+def module(request):
+    module = load(request.param)
+    if hasattr(module, "PROBE"):
+        module.PROBE = (1, 32)
+    return module
+
+
+def train(module, folder, **changes):
+    return module.main(module.Args(**(SMALL[module.SCRIPT] | {"run_dir": str(folder)} | changes)))
+
+
+def rows_of(path):
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+def equal(a, b):
+    names = ("eval.csv", "moe.csv")
+    return same(model(a), model(b)) and all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+
+
+@pytest.fixture(scope="module")
+def finished(module, tmp_path_factory):
+    return train(module, tmp_path_factory.mktemp(module.SCRIPT) / "run")
+
+
+def test_same_seed_same_run_and_other_seed_another(module, finished, tmp_path):
+    assert equal(finished, train(module, tmp_path / "again"))
+    assert not same(model(finished), model(train(module, tmp_path / "other", seed=2)))
+
+
+def test_evaluation_does_not_change_training(module, finished, tmp_path):
+    other = train(module, tmp_path / "run", eval_every=70, eval_episodes=1)
+    assert same(model(finished), model(other))
+
+
+def test_files_of_a_run(module, finished):
+    run = json.loads((finished / "run.json").read_text())
+    half, end = STEPS[module.SCRIPT]
+    assert run["global_step"] == end and run["args"]["tasks"] == list(SMALL[module.SCRIPT]["tasks"])
+    table = [(int(r["global_step"]), r["policy"], r["task"]) for r in rows_of(finished / "eval.csv")]
+    expected = [(half, "deterministic"), (end, "deterministic"), (end, "stochastic")]
+    assert table == [(step, policy, task) for step, policy in expected for task in "01"]
+    measured = rows_of(finished / "moe.csv")
+    assert {int(row["global_step"]) for row in measured} == {half, end}
+    for network in ("actor", "critic"):
+        mine = [row for row in measured if row["network"] == network]
+        metrics = {row["metric"] for row in mine}
+        assert {"dormant_0.025", "dormant_0.0", "rank", "norm", "cosine"} < metrics
+        assert {row["item"] for row in mine if row["metric"] == "dormant_0.0"} == {"layer1", "layer2", "total"}
+        weights = [float(row["value"]) for row in mine if row["metric"].startswith("router")]
+        assert len(weights) == 8 and sum(weights) == pytest.approx(4, abs=1e-4)  # 2 evaluations, tasks, experts
+        counted = sum(p.numel() for key, p in model(finished).items() if key.startswith(f"{network}."))
+        assert run["parameters"][network] == {"total": counted, "active": counted}
+
+
+@pytest.mark.parametrize("script_name", MULTITASK)
+def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path):
+    """Killed in the first phase, so that the resumed run makes the switch; the script is a copy that stands alone."""
+    half, end = STEPS[script_name]
+    settings = SMALL[script_name] | {"protocol": "continual", "eval_every": half * 3 // 4}
+    settings |= {"total_timesteps": 4 * half, "checkpoint_every": half // 2}
+    settings = flags(**{k: v for k, v in settings.items() if k != "tasks"}) + ["--tasks", *settings["tasks"]]
+    shutil.copy(ALGOS / f"{script_name}.py", tmp_path)
+    alone = {"cwd": tmp_path, "path": tmp_path}
+    whole, killed = (start(script_name, *settings, "--run-dir", name, **alone) for name in ("whole", "killed"))
+    evaluations = tmp_path / "killed" / "eval.csv"
+    while killed.poll() is None and not (evaluations.exists() and "deterministic" in evaluations.read_text()):
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    stopped_at = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["global_step"]
+    assert half // 2 <= stopped_at < 4 * half
+    resumed = start(script_name, "--resume", "killed", **alone)
+    output, _ = resumed.communicate()
+    assert resumed.returncode == 0, output
+    output, _ = whole.communicate()
+    assert whole.returncode == 0 and "active for one" in output, output
+    assert equal(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_signal_stops_with_a_checkpoint_and_resume_is_exact(module, tmp_path, monkeypatch, capsys):
+    whole = train(module, tmp_path / "whole", protocol="continual")
+    update, calls = module.update, []
+    enough = {"sac_moe_multitask": 37, "ppo_moe_multitask": 13}[module.SCRIPT]  # in the first phase
+
+    def update_then_signal(*arguments):
+        calls.append(1)
+        if len(calls) == enough:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(*arguments)
+
+    monkeypatch.setattr(module, "update", update_then_signal)
+    with pytest.raises(SystemExit) as stop:
+        train(module, tmp_path / "run", protocol="continual")
+    assert stop.value.code == 128 + signal.SIGTERM and f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
+    module.main(module.Args(resume=str(tmp_path / "run")))
+    assert equal(whole, tmp_path / "run")
+
+
+def test_sac_plays_the_tasks_as_scheduled(tmp_path):
+    """The replay of each task has what was played, also where a task comes back and goes on with its episode."""
+    module = load("sac_moe_multitask")
+    for protocol, cycles, counts in (
+        ("multitask", 1, [75, 75]),
+        ("continual", 1, [75, 75]),
+        ("continual", 3, [75, 75]),
+    ):
+        run = train(module, tmp_path / f"{protocol}{cycles}", protocol=protocol, cycles=cycles, total_timesteps=150)
+        saved = torch.load(run / "checkpoint.pt", weights_only=True)
+        assert [buffer["count"] for buffer in saved["buffers"]] == counts
+        assert [len(actions) for actions in saved["actions"]] == [15, 15] and saved["episodes"] == [2, 2]
+    half = torch.load(train(module, tmp_path / "x", protocol="continual", total_timesteps=151) / "checkpoint.pt")
+    assert [buffer["count"] for buffer in half["buffers"]] == [76, 75]
+
+
+def test_continual_sac_learns_from_the_running_task_only_and_starts_each_at_random(tmp_path, monkeypatch):
+    module = load("sac_moe_multitask")
+    learned, draw = [], module.draw
+    monkeypatch.setattr(module, "draw", lambda b, tasks, size: learned.append(tasks) or draw(b, tasks, size))
+    monkeypatch.setattr(module, "measure", lambda *_: [])
+    train(module, tmp_path / "run", protocol="continual", cycles=2, total_timesteps=200)
+    assert learned == [[0]] * 31 + [[1]] * 31 + [[0]] * 50 + [[1]] * 50  # 20 random steps, of new tasks only
+
+
+def test_ppo_plays_the_tasks_as_scheduled(tmp_path, monkeypatch):
+    module = load("ppo_moe_multitask")
+    played, learn, rates = [], module.learn, []
+
+    def watch(agent, batch, args):
+        played.append(sorted(set(batch.task.tolist())))
+        rates.append(round(agent.optimizer.param_groups[0]["lr"] / args.learning_rate, 3))
+        return learn(agent, batch, args)
+
+    monkeypatch.setattr(module, "learn", watch)
+    monkeypatch.setattr(module, "measure", lambda *_: [])
+    train(module, tmp_path / "multitask")
+    assert played == [[0, 1]] * 10 and rates == [round(1 - i / 10, 3) for i in range(10)]
+    played.clear(), rates.clear()
+    train(module, tmp_path / "continual", protocol="continual", cycles=2, total_timesteps=512)
+    assert played == [[0], [0], [1], [1]] * 2 and rates == [1.0, 0.5] * 4
+
+
+def test_saved_model_evaluates_on_all_tasks_as_in_training(module, finished, capsys):
+    episodes = SMALL[module.SCRIPT]["eval_episodes"]
+    module.main(module.Args(evaluate=str(finished), eval_episodes=episodes, video=module.SCRIPT.startswith("ppo")))
+    text = capsys.readouterr().out
+    printed = json.loads(text[: text.rindex("}") + 1], parse_constant=pytest.fail)
+    assert printed == json.loads((finished / "evaluation.json").read_text())
+    table = {(r["policy"], int(r["task"])): r for r in rows_of(finished / "eval.csv")}
+    tasks = SMALL[module.SCRIPT]["tasks"]
+    assert [row["task"] for row in printed["deterministic"]] == list(tasks)
+    for policy, rows in printed.items():
+        for row in rows:
+            assert str(row["return"]) == table[policy, tasks.index(row["task"])]["return"]
+    if module.SCRIPT.startswith("ppo"):
+        assert (finished / "video.gif").read_bytes().startswith(b"GIF89a")
+
+
+def test_a_multitask_run_can_be_made_longer_and_a_continual_one_cannot(module, finished, tmp_path, capsys):
+    shutil.copytree(finished, tmp_path / "run")
+    longer = STEPS[module.SCRIPT][1] * 2
+    module.main(module.Args(resume=str(tmp_path / "run"), total_timesteps=longer))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["global_step"] == longer
+    run = train(module, tmp_path / "continual", protocol="continual")
+    with pytest.raises(SystemExit) as stop:
+        module.main(module.Args(resume=str(run), total_timesteps=longer))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"--total-timesteps {longer}" in error and error.count("\n") == 1
+
+
+def test_divergence_stops_the_run_and_keeps_the_checkpoint(module, tmp_path, capsys):
+    rate = {"q_lr" if module.SCRIPT.startswith("sac") else "learning_rate": 1e30}
+    with pytest.raises(SystemExit) as stop:
+        train(module, tmp_path / "run", **rate)
+    assert stop.value.code == 1 and "diverged" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+WRONG = {
+    "two experts, top three": (dict(router="topk", top_k=3), "--top-k 3"),
+    "more tasks than experts": (dict(router="hardcoded", num_experts=1), "--num-experts 1"),
+    "no experts": (dict(num_experts=0), "--num-experts 0"),
+    "width of the last layer": (dict(actor_moe="final", match_params=True), "--match-params"),
+    "cycles of everything at once": (dict(cycles=2), "--cycles 2"),
+    "no tasks": (dict(tasks=()), "--tasks"),
+    "fewer steps than phases": (dict(protocol="continual", cycles=300, total_timesteps=500), "--total-timesteps 500"),
+    "negative load balance": (dict(load_balance=-1.0), "--load-balance -1.0"),
+    "nothing to resume": (dict(resume="no/such/run"), "--resume no/such/run"),
+}
+WRONG_SAC = {
+    "other observations": (dict(tasks=("Pendulum-v1", "Hopper-v5")), "--tasks Hopper-v5"),
+    "other actions": (dict(tasks=("MountainCarContinuous-v0", "MountainCarContinuous-v0?x=1")), "--tasks Mountain"),
+    "unknown set": (dict(tasks=("target-eating",)), "sets: target-reaching"),
+    "discrete actions": (dict(tasks=("CartPole-v1",), batch_size=8), "--tasks CartPole-v1"),
+    "unequal shares": (dict(batch_size=7), "--batch-size 7"),
+    "no room": (dict(buffer_size=3), "--buffer-size 3"),
+}
+WRONG_PPO = {
+    "unknown game": (dict(tasks=("breakout", "pong")), "--tasks pong"),
+    "a game twice": (dict(tasks=("breakout", "breakout")), "--tasks breakout breakout"),
+    "unequal shares": (dict(num_envs=5), "--num-envs 5"),
+    "unequal minibatches": (dict(num_minibatches=7), "--num-minibatches 7"),
+}
+
+
+@pytest.mark.parametrize("name", [*WRONG, *WRONG_SAC, *(f"ppo {key}" for key in WRONG_PPO)])
+def test_wrong_input_is_one_line_that_names_the_flag(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cases = [("sac_moe_multitask", WRONG | WRONG_SAC, name), ("ppo_moe_multitask", WRONG, name)]
+    cases += [("ppo_moe_multitask", WRONG_PPO, name.removeprefix("ppo "))]
+    for script, table, key in cases:
+        if key not in table or (name.startswith("ppo ") != (table is WRONG_PPO)):
+            continue
+        module, (wrong, expected) = load(script), table[key]
+        with pytest.raises(SystemExit) as stop:
+            module.main(module.Args(**(SMALL[script] | wrong)))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1 and expected in error, error
+        assert not list(tmp_path.iterdir())
+
+
+def test_missing_minatar_is_one_line_with_the_remedy(monkeypatch, tmp_path, capsys):
+    module = load("ppo_moe_multitask")
+    monkeypatch.setitem(sys.modules, "minatar", None)
+    with pytest.raises(SystemExit) as stop:
+        train(module, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "pip install minatar" in error and "--tasks" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_resumed_run_cannot_change(module, finished, capsys):
+    for wrong, expected in ((dict(gamma=0.5), "--gamma 0.5"), (dict(num_experts=5), "--num-experts 5")):
+        with pytest.raises(SystemExit) as stop:
+            module.main(replace(module.Args(resume=str(finished)), **wrong))
+        assert stop.value.code == 2 and expected in capsys.readouterr().err
+
+
+def test_folder_of_a_run(module, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = module.main(module.Args(**(SMALL[module.SCRIPT] | {"total_timesteps": 64})))
+    tasks = {"sac_moe_multitask": "2tasks", "ppo_moe_multitask": "MinAtar-breakout-asterix"}[module.SCRIPT]
+    assert run.parent.name == "runs" and run.name.startswith(f"{tasks}__{module.SCRIPT}__s1__")
+
+
+def test_help_shows_every_flag(module, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [module.SCRIPT, "--help"])
+    monkeypatch.setitem(sys.modules, module.SCRIPT, module)  # tyro reads the comments from the source
+    with pytest.raises(SystemExit):
+        module.tyro.cli(module.Args)
+    text = capsys.readouterr().out
+    assert all(f"--{field.name.replace('_', '-')}" in text for field in fields(module.Args))
