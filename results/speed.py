@@ -16,10 +16,8 @@ normalises observations and rewards, which theirs would do in VecNormalize. It a
 """
 
 import argparse
-import importlib.util
 import statistics
 import time
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -27,22 +25,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.distributions import Categorical, Normal
+from trajectories import load_script
 
-ALGOS = Path(__file__).parent.parent / "algos"
 CASES = {  # name: (script, observation size, action dimensions, K)
     "SAC, HalfCheetah's size": ("sac", 17, 6, 1),
     "PMOE K=4, HalfCheetah's size": ("sac_pmoe", 17, 6, 4),
     "PMOE K=10, Humanoid's size": ("sac_pmoe", 348, 17, 10),
 }
 BATCH = 256
-
-
-def load(name: str):
-    """The module algos/NAME.py."""
-    spec = importlib.util.spec_from_file_location(name, ALGOS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def mlp(inputs: int, outputs: int) -> nn.Module:
@@ -123,7 +113,7 @@ def synthetic_batch(module, obs_dim: int, action_dim: int):
 def ours_and_plain(case):
     """Two functions that each do one gradient step."""
     name, obs_dim, action_dim, num_experts = case
-    module = load(name)
+    module = load_script(name)
     args = module.Args(**({"num_experts": num_experts} if num_experts > 1 else {}))
     agent, plain = module.Agent(obs_dim, action_dim, args), Plain(obs_dim, action_dim, num_experts)
     batch = synthetic_batch(module, obs_dim, action_dim)
@@ -141,7 +131,7 @@ def seconds(function, steps: int) -> float:
 def training(case, plain: bool):
     """A function that does one step of training on HalfCheetah-v5."""
     name, obs_dim, action_dim, num_experts = case
-    module = load(name)
+    module = load_script(name)
     args = module.Args(**({"num_experts": num_experts} if num_experts > 1 else {}))
     env = gym.wrappers.RescaleAction(gym.make("HalfCheetah-v5"), np.float32(-1), np.float32(1))
     state = {"obs": np.float32(env.reset(seed=0)[0])}
@@ -182,7 +172,7 @@ def training(case, plain: bool):
 
 def ppo_iteration(name: str, **changes):
     """A function that does one iteration of a script and returns the seconds of its (rollout, learning)."""
-    module = load(name)
+    module = load_script(name)
     args = module.Args(env_id="HalfCheetah-v5", **changes)
     agent, sampler = module.Agent(17, 6, args), module.Sampler(module.make_envs(args), args)
     sampler.reset(0)
@@ -271,7 +261,7 @@ def minatar(threads: list[int], rounds: int):
     """
     print("| MinAtar | threads | steps/s | baseline's / its | games | acting | values | learning |")
     print("|---|---|---|---|---|---|---|---|")
-    module = load("ppo_moe_multitask")
+    module = load_script("ppo_moe_multitask")
     forms = {  # architecture, slots per expert
         "baseline": ("baseline", 1),
         "Soft MoE, middle, n = 8, p = 1": ("middle", 1),

@@ -12,9 +12,9 @@ MULTITASK = sorted(path.stem for path in ALGOS.glob("*_multitask.py"))  # have t
 SCRIPTS = sorted(path.stem for path in ALGOS.glob("*.py") if path.stem not in MULTITASK)
 
 
-def load(name: str):
-    """The module algos/NAME.py."""
-    spec = importlib.util.spec_from_file_location(name, ALGOS / f"{name}.py")
+def load(name: str, folder: Path = ALGOS):
+    """The module NAME.py of a folder of scripts."""
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,32 +1,25 @@
 """The scripts under results/: statistics by hand, what the benchmark decides, and figures that repeat to the byte."""
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import load
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, RESULTS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
 def plot():
     pytest.importorskip("matplotlib")
-    module = load("plot")
+    module = load("plot", RESULTS)
     module.DPI = 30  # what is drawn does not matter here
     return module
 
 
-benchmark = load("benchmark")
+benchmark = load("benchmark", RESULTS)
 
 
 def make_run(root, env="Env-v0", label="sac", seed=1, step=1000, total=1000, success=math.nan, **trajectories):
