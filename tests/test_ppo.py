@@ -54,12 +54,13 @@ def test_gae_by_its_definition(ppo):
     """sum_l (gamma lambda)^l delta_{t+l} up to the end of the episode or of the rollout."""
     args = ppo.Args(gamma=0.9, gae_lambda=0.7)
     generator = torch.Generator().manual_seed(0)
-    reward, value, next_value, ends = torch.randn(4, 12, 1, generator=generator, dtype=torch.float64)
-    terminated, done = (ends < -1).double(), (ends < -0.5).double()
+    reward, value, next_value, ends = torch.randn(4, 40, 1, generator=generator, dtype=torch.float64)
+    terminated, done = (ends < -1.2).double(), (ends < -0.7).double()
+    assert terminated.any() and (done > terminated).any()
     advantage = ppo.gae(reward, value, next_value, terminated, done, args)
     delta = reward + 0.9 * (1 - terminated) * next_value - value
-    for t in range(12):
-        last = next((i for i in range(t, 12) if done[i]), 11)
+    for t in range(40):
+        last = next((i for i in range(t, 40) if done[i]), 39)
         expected = sum((0.9 * 0.7) ** (i - t) * delta[i] for i in range(t, last + 1))
         torch.testing.assert_close(advantage[t], expected)
 
