@@ -327,6 +327,14 @@ script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
 agents, agent = [], script.Agent
 script.Agent = lambda *a: agents.append(agent(*a)) or agents[-1]
+update = script.update
+
+def checked_update(agent, batch, args):
+    assert len(batch.obs) == 10 // script.WORLD  # each process has its part of the minibatch
+    assert script.average(torch.tensor(2.0 * script.RANK)) == script.WORLD - 1
+    return update(agent, batch, args)
+
+script.update = checked_update
 script.main(script.Args(env_id="moe_envs:TargetReaching-v0?max_episode_steps=30", total_timesteps=120, num_envs=4,
     num_steps=10, num_minibatches=4, update_epochs=2, eval_every=60, eval_episodes=1, checkpoint_every=80,
     target_kl=1.0, run_dir=sys.argv[3]))
