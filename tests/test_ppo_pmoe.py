@@ -76,6 +76,10 @@ def test_the_last_noise_alone_chooses_the_expert(ppo_pmoe):
     middle = int((log_w[0].exp().cumsum(0) < 0.5).sum())
     _, action = actor.sample(obs, noise)
     assert torch.equal(action, mean[torch.arange(3), [0, 6, middle]])
+    obs, noise = torch.randn(1000, 3), torch.tensor([[0.0, 0.0, 40.0]]).expand(1000, 3)
+    mean, log_w, _ = actor(obs)
+    assert (log_w.exp().cumsum(1)[:, -1] < 1).any()
+    torch.testing.assert_close(actor.sample(obs, noise)[1], mean[:, 6], rtol=0, atol=0)
 
 
 def test_mode_is_the_mean_of_the_likeliest_expert(ppo_pmoe):
