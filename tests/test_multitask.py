@@ -18,12 +18,12 @@ pytest.importorskip("minatar")
 SMALL = {
     "sac_moe_multitask": dict(
         tasks=("Pendulum-v1?max_episode_steps=30", "Pendulum-v1?g=3.0&max_episode_steps=30"),
-        **dict(learning_starts=20, batch_size=8, buffer_size=1000, num_experts=2),
+        **dict(learning_starts=20, batch_size=8, buffer_size=1000, num_experts=2, num_threads=1),
         **dict(total_timesteps=160, eval_every=80, eval_episodes=1, checkpoint_every=50),
     ),
     "ppo_moe_multitask": dict(
         tasks=("breakout", "asterix"),
-        **dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=1, num_experts=2),
+        **dict(num_envs=4, num_steps=16, num_minibatches=2, update_epochs=1, num_experts=2, num_threads=1),
         **dict(total_timesteps=640, eval_every=320, eval_episodes=2, checkpoint_every=250),
     ),
 }
