@@ -397,8 +397,9 @@ def rollout(agent: Agent, games: Games, steps: int, args: Args) -> tuple[Batch, 
     return Batch(*(x.flatten(0, 1) for x in columns)), episodes
 
 
+# === shared: gae ===
 def gae(reward, value, next_value, terminated, done, args: Args) -> torch.Tensor:
-    """Generalised advantage estimate, everything (S, N). A time limit cuts the sum but keeps the value behind it."""
+    """Generalised advantage estimate, everything (T, N). A time limit cuts the sum but keeps the value behind it."""
     delta = reward + args.gamma * (1 - terminated) * next_value - value
     decay = args.gamma * args.gae_lambda * (1 - done)
     advantages, advantage = [], torch.zeros_like(delta[0])
@@ -408,6 +409,7 @@ def gae(reward, value, next_value, terminated, done, args: Args) -> torch.Tensor
     return torch.stack(advantages).flip(0)
 
 
+# === end shared ===
 def losses_of(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Losses of actor and critic, each with its load-balancing loss, and what is logged."""
     inputs = *see(batch.obs), batch.task

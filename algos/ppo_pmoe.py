@@ -389,15 +389,7 @@ class Agent(nn.Module):
         self.optimizers = [Adam(self.actor, args), Adam(self.q, args)]
 
 
-# === shared: ppo learning ===
-class Batch(NamedTuple):
-    obs: torch.Tensor  # (B, O), normalised
-    action: torch.Tensor  # (B, A), before clipping
-    log_prob: torch.Tensor  # (B,), of the policy that acted
-    advantage: torch.Tensor  # (B,)
-    target: torch.Tensor  # (B,), of the critic
-
-
+# === shared: gae ===
 def gae(reward, value, next_value, terminated, done, args: Args) -> torch.Tensor:
     """Generalised advantage estimate, everything (T, N). A time limit cuts the sum but keeps the value behind it."""
     delta = reward + args.gamma * (1 - terminated) * next_value - value
@@ -407,6 +399,16 @@ def gae(reward, value, next_value, terminated, done, args: Args) -> torch.Tensor
         advantage = torch.addcmul(delta_t, decay_t, advantage)  # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}
         advantages.append(advantage)
     return torch.stack(advantages).flip(0)
+
+
+# === end shared ===
+# === shared: ppo learning ===
+class Batch(NamedTuple):
+    obs: torch.Tensor  # (B, O), normalised
+    action: torch.Tensor  # (B, A), before clipping
+    log_prob: torch.Tensor  # (B,), of the policy that acted
+    advantage: torch.Tensor  # (B,)
+    target: torch.Tensor  # (B,), of the critic
 
 
 @torch.no_grad()
