@@ -563,7 +563,8 @@ def check(args: Args):
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             low, high = LIMITS.get(field.name, (1 if isinstance(value, int) else 1e-9, math.inf))
             if not low <= value <= high or value == math.inf:
-                fail(f"--{field.name.replace('_', '-')} {value}: must lie between {low} and {high}")
+                bounds = f"lie between {low} and {high}" if high < math.inf else f"be at least {low}, and finite"
+                fail(f"--{field.name.replace('_', '-')} {value}: must {bounds}")
     if args.video and not args.evaluate:
         fail("--video: goes with --evaluate RUN_DIR")
     try:

@@ -12,7 +12,9 @@ ratio of each pair is what counts: the median over the rounds is printed.
 
 --ppo times whole training on HalfCheetah-v5: one iteration (2,048 steps and 320 updates) of ppo.py, of ppo_pmoe.py
 with K = 8 and of stable-baselines3's PPO in turn: the same network, environments, minibatches and passes. Ours also
-normalises observations and rewards, which theirs would do in VecNormalize. It also says where the time goes.
+normalises observations and rewards, theirs does so in VecNormalize: a row with it and one without. It also says where
+the time goes. With one thread --ppo and --minatar count the process's own time, so that others on the machine matter
+less.
 """
 
 import argparse
@@ -170,7 +172,11 @@ def training(case, plain: bool):
     return step
 
 
-def ppo_iteration(name: str, **changes):
+def clock_of(threads: int):
+    return time.process_time if threads == 1 else time.perf_counter
+
+
+def ppo_iteration(name: str, clock, **changes):
     """A function that does one iteration of a script and returns the seconds of its (rollout, learning)."""
     module = load_script(name)
     args = module.Args(env_id="HalfCheetah-v5", **changes)
@@ -178,41 +184,44 @@ def ppo_iteration(name: str, **changes):
     sampler.reset(0)
 
     def iteration():
-        start = time.perf_counter()
+        start = clock()
         rollout, _ = sampler.rollout(agent)
-        middle = time.perf_counter()
+        middle = clock()
         module.learn(agent, module.prepare(agent, rollout, args), args)
-        return middle - start, time.perf_counter() - middle
+        return middle - start, clock() - middle
 
     return iteration
 
 
-def sb3_iteration():
+def sb3_iteration(clock, normalise: bool = False):
     """The same of stable-baselines3: its train() is the learning, the rest of learn() the rollout."""
     try:
         from stable_baselines3 import PPO
         from stable_baselines3.common.env_util import make_vec_env
+        from stable_baselines3.common.vec_env import VecNormalize
     except ImportError:
         raise SystemExit("--ppo: compares with stable-baselines3; pip install stable-baselines3") from None
     envs = make_vec_env("HalfCheetah-v5", 8)
+    envs = VecNormalize(envs) if normalise else envs
     model = PPO("MlpPolicy", envs, n_steps=256, batch_size=64, n_epochs=10, ent_coef=0.0, device="cpu")
     train, learning = model.train, []
 
     def timed_train():
-        start = time.perf_counter()
+        start = clock()
         train()
-        learning.append(time.perf_counter() - start)
+        learning.append(clock() - start)
 
     model.train = timed_train
 
     def iteration():
-        whole = seconds(lambda: model.learn(2048, reset_num_timesteps=False), 1)
-        return whole - learning[-1], learning[-1]
+        start = clock()
+        model.learn(2048, reset_num_timesteps=False)
+        return clock() - start - learning[-1], learning[-1]
 
     return iteration
 
 
-def physics_iteration():
+def physics_iteration(clock):
     """2,048 steps of the bare environments, with random actions: what no implementation can do without."""
     envs = [gym.make("HalfCheetah-v5").unwrapped for _ in range(8)]
     for i, env in enumerate(envs):
@@ -220,11 +229,11 @@ def physics_iteration():
     actions = np.random.default_rng(0).uniform(-1, 1, (256, 8, 6))
 
     def iteration():
-        start = time.perf_counter()
+        start = clock()
         for row in actions:
             for env, action in zip(envs, row, strict=True):
                 env.step(action)
-        return time.perf_counter() - start, 0.0
+        return clock() - start, 0.0
 
     return iteration
 
@@ -234,11 +243,13 @@ def ppo_speed(threads: list[int], rounds: int):
     print("|---|---|---|---|---|---|")
     for count in threads:
         torch.set_num_threads(count)
+        clock = clock_of(count)
         forms = {
-            "stable-baselines3": sb3_iteration(),
-            "ppo.py": ppo_iteration("ppo"),
-            "ppo_pmoe.py, K = 8": ppo_iteration("ppo_pmoe", num_experts=8),
-            "physics alone": physics_iteration(),
+            "stable-baselines3": sb3_iteration(clock),
+            "stable-baselines3 with VecNormalize": sb3_iteration(clock, normalise=True),
+            "ppo.py": ppo_iteration("ppo", clock),
+            "ppo_pmoe.py, K = 8": ppo_iteration("ppo_pmoe", clock, num_experts=8),
+            "physics alone": physics_iteration(clock),
         }
         times = {name: [] for name in forms}
         for i in range(rounds + 1):  # the first round warms up
@@ -256,8 +267,7 @@ def ppo_speed(threads: list[int], rounds: int):
 def minatar(threads: list[int], rounds: int):
     """Whole training on three MinAtar games, baseline and eight experts in turn, and the share of each part.
 
-    The games are one Python process and cannot be faster than stepping them alone, which is the floor. With one thread
-    it is the process's own time that counts, so that other processes on the machine do not matter much.
+    The games are one Python process and cannot be faster than stepping them alone, which is the floor.
     """
     print("| MinAtar | threads | steps/s | baseline's / its | games | acting | values | learning |")
     print("|---|---|---|---|---|---|---|---|")
@@ -269,7 +279,7 @@ def minatar(threads: list[int], rounds: int):
     }
     for number in threads:
         torch.set_num_threads(number)
-        clock = time.process_time if number == 1 else time.perf_counter
+        clock = clock_of(number)
         times = {name: [] for name in forms}
         for i in range(rounds + 1):  # the first round warms up
             for name, (architecture, slots) in forms.items():
