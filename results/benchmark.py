@@ -75,14 +75,18 @@ SUITES = {
         TARGET_REACHING,
         "--eval-every 2500 --num-threads 1",
         range(1, 6),
-        {"sac": "sac", "sac_pmoe": "sac_pmoe", "sac_pmoe-all": "sac_pmoe --primitive-update all"},
+        {
+            "sac": "sac",
+            "sac_pmoe": "sac_pmoe",
+            "sac_pmoe-draws": "sac_pmoe --selection draws",  # the paper's form
+            "sac_pmoe-all": "sac_pmoe --primitive-update all",
+        },
     ),
     "target-reaching-variants": Suite(
         TARGET_REACHING,
         "--eval-every 2500 --num-threads 1",
         range(1, 4),
         {
-            "sac_pmoe-draws": "sac_pmoe --selection draws",  # the paper's form
             "sac_pmoe-fresh": "sac_pmoe --selection fresh",
             "sac_pmoe-alpha1": "sac_pmoe --alpha-init 1",
             "sac_pmoe-bonus0.1": "sac_pmoe --env-id moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10",
