@@ -18,18 +18,22 @@ What differs from ppo.py:
    patches), 128 units and a head, as is usual for MinAtar. Settings are PureJaxRL's, but 63 environments, not 64: three
    equal shares. Neither rewards nor observations are normalised, and nothing runs under torchrun.
 2. T tasks. multitask: equal shares of the environments. continual: all environments play one task, then the next,
-   --cycles times, and the learning rate is annealed within each phase, so that every task has the same.
+   --cycles times. The weights stay; the learning rate is annealed within each phase, so that every task has the
+   same, and Adam starts anew with each: its moments would go on moving an expert whose task is over.
 3. --actor-moe, --critic-moe: baseline; middle (the 128 units), final (the head), all (each layer, each with a router of
    its own) or big (each expert is a whole network, routed by the picture) are mixtures of n experts. Every expert has
-   the width of the layer that it replaces; --match-params divides it by n.
+   the width of the layer that it replaces. --match-params divides it by n, or for all and big by the root of n: their
+   matrices shrink at both ends.
 4. middle has PerConv tokens by default: each of the 64 cells is a token of 16 channels. An expert is then 16-128-16
    with ReLU, the tokens keep their size and are flattened to 1,024 inputs of the head, as in the code of 2402.08609.
    Else the token is the sample (PerSamp), and the layer is the baseline's with n experts.
 5. Measured at every evaluation: see measure() and moe.csv.
 Where this differs from the papers: one slot per expert where their code has m / n (--slots 8 is that for n = 8, and the
-run takes three to four times as long); padding, the action set, --match-params, the order of phases and 2's annealing
-are ours. Each expert computes every token, and one that is not chosen is weighted 0: nothing is dropped, and no time is
-saved (topk and hardcoded are slow with PerConv tokens, of which a sample has 64: --tokens persamp is for them).
+run takes three to four times as long); padding, the action set, --match-params, the order of phases, and annealing and
+Adam of 2 are ours. PureJaxRL also clips the value loss. Advantages are normalised over a minibatch, all its games
+together, so a game with small rewards has a small part in the actor's gradient. Each expert computes every token, and
+one that is not chosen is weighted 0: nothing is dropped, and no time is saved (topk and hardcoded are slow with PerConv
+tokens, of which a sample has 64: --tokens persamp is for them).
 Letters in the shape comments: S steps, N environments, B batch, T tasks, C channels, n experts, E = n or 1 experts of a
 layer, m tokens, d inputs and h outputs of a layer.
 """
@@ -99,7 +103,7 @@ class Args:
     tokens: Literal["perconv", "persamp"] = "perconv"  # middle: a token is a cell of the convolution, or a sample
     slots: int = 1  # softmoe with perconv: slots per expert, p
     load_balance: float = 0.0  # topk: weight of Switch's load-balancing loss
-    match_params: bool = False  # divide the width of the experts by n
+    match_params: bool = False  # divide the width of the experts by n (all, big: by its root)
 
     @property
     def env_id(self) -> str:
@@ -167,7 +171,8 @@ class Router(nn.Module):
     """Weights w (N, B, n) of n experts for inputs x (N, B, d); linear without a bias, as in the code of 2402.08609.
 
     softmoe    w = softmax(x Phi)
-    topk       the k largest of that softmax as they are, the others 0 (Shazeer et al. 2017; k = 1 is the Switch gate)
+    topk       the k largest of that softmax as they are, the others 0, as in the code of 2402.08609 (Riquelme et al.
+               2021; k = 1 is the Switch gate; Shazeer et al. 2017 would make the k sum to 1)
     hardcoded  w = onehot(task); nothing to learn
     """
 
@@ -236,16 +241,15 @@ class TokenMoE(nn.Module):
             h = self.up(slots.flatten(1, 2)).relu_()  # (n, B p, h)
             y = self.down(h).unflatten(1, (size, -1)).transpose(0, 1).flatten(1, 2)  # (B, n p, d)
             y = combine.transpose(1, 2) @ y
-            w = combine.unflatten(1, (self.num_experts, -1)).sum(2).mean(2)  # (B, n), for the trace
-            neurons = h.transpose(0, 1).flatten(1)  # (B p, n h): every slot counts alike
+            if trace is not None:
+                w = combine.mean(2).unflatten(1, (self.num_experts, -1))  # (B, n, p), the mean over the tokens
+                trace |= {"router2": w.sum(2), "layer2": weighted(h, w.transpose(1, 2).flatten(0, 1))}
         else:
             w = self.router(x.flatten(0, 1)[None], task.repeat_interleave(tokens))[0]  # (B m, n)
             h = self.up(x.flatten(0, 1)[None]).relu_()  # (n, B m, h)
             y = torch.einsum("bn,nbh->bh", w, self.down(h)).view_as(x)
-            neurons = weighted(h, w)
-            w = w.view(size, tokens, -1).mean(1)
-        if trace is not None:
-            trace |= {"router2": w, "layer2": neurons}
+            if trace is not None:
+                trace |= {"router2": w.view(size, tokens, -1).mean(1), "layer2": weighted(h, w)}
         return y
 
 
@@ -264,9 +268,10 @@ class MoE(nn.Module):
     def __init__(self, channels: int, outputs: int, gain: float, architecture: str, args: Args):
         super().__init__()
         mixed, self.big = self.MIXED[architecture], architecture == "big"
+        share = args.num_experts if len(mixed) == 1 else math.sqrt(args.num_experts)  # for --match-params
         self.tokens = architecture == "middle" and args.tokens == "perconv"
         conv, dense = (
-            max(width // args.num_experts, 1) if args.match_params and layer in mixed else width
+            max(round(width / share), 1) if args.match_params and layer in mixed else width
             for layer, width in enumerate((16, 128))
         )
         experts = [args.num_experts if layer in mixed else 1 for layer in range(3)]
@@ -297,18 +302,20 @@ class MoE(nn.Module):
             x = experts(x)
             if layer < 2:
                 x = x.relu_()
+                if trace is not None:  # of the convolution a neuron is a channel, and every position a sample
+                    trace[f"layer{layer + 1}"] = weighted(x, w)
             if layer == 0:
                 x = x.unflatten(1, (len(picture), -1)).flatten(2)  # (E, B 64, 16) -> (E, B, 1024)
-            if trace is not None and layer < 2:
-                trace[f"layer{layer + 1}"] = weighted(x, w)
             if w is not None and (layer == 2 or not self.big):
                 x, w = torch.einsum("bn,nbh->bh", w, x)[None], None  # y = sum_i w_i f_i(x)
         return x[0]
 
 
 def weighted(x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
-    """Neurons of all experts x (E, B, h) as the next layer gets them, w_i times f_i -> (B, E h)."""
-    return (x if w is None else x * w.T[..., None]).transpose(0, 1).flatten(1)
+    """Neurons of all experts x (E, R, h), those of expert i times w_i -> (R, E h). w (B, E): R / B rows have one w."""
+    if w is not None:
+        x = x * w.T.repeat_interleave(x.shape[1] // len(w), 1)[..., None]
+    return x.transpose(0, 1).flatten(1)
 
 
 def see(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -498,8 +505,9 @@ PROBE = 4, 128  # games of each task, and their steps, that the networks are mea
 def measure(agent: Agent, args: Args, global_step: int) -> list[dict]:
     """Rows of moe.csv, measured on a rollout of all tasks, whichever are trained. Training does not notice.
 
-    dormant_TAU    share of dormant neurons, per hidden layer and in total; a neuron of an expert counts as w_i f_i(x),
-                   so that an expert without weight is dormant as a whole
+    dormant_TAU    share of dormant neurons, per hidden layer and in total, on the states of each task (column task) and
+                   on all. Of the convolution a neuron is a channel. A neuron of an expert counts as w_i f_i(x), which
+                   is our choice: so an expert without weight is dormant as a whole
     rank, norm     of the penultimate features: what the last layer multiplies by its weights (big: all w_i f_i)
     router         mean weight of each task (column task) and expert (column item)
     cosine         between the gradients of two tasks' losses (columns task and item)
@@ -521,11 +529,13 @@ def measure(agent: Agent, args: Args, global_step: int) -> list[dict]:
             with torch.no_grad():
                 moe(*see(batch.obs), batch.task, trace)
             layers = {key: x for key, x in sorted(trace.items()) if key.startswith("layer")}
-            for tau in TAUS:
-                masks = {key: dormant(x, tau).float() for key, x in layers.items()}
-                for key, mask in masks.items():
-                    row(network, f"dormant_{tau}", mask.mean(), item=key)
-                row(network, f"dormant_{tau}", torch.cat(list(masks.values())).mean(), item="total")
+            for t in ("", *range(len(args.tasks))):
+                mask = batch.task == t if t != "" else torch.ones_like(batch.task, dtype=torch.bool)
+                mine = {key: x[mask.repeat_interleave(len(x) // len(mask))] for key, x in layers.items()}
+                for tau in TAUS:
+                    masks = {key: dormant(x, tau).float() for key, x in mine.items()}
+                    for key, neurons in (masks | {"total": torch.cat(list(masks.values()))}).items():
+                        row(network, f"dormant_{tau}", neurons.mean(), t, key)
             row(network, "rank", effective_rank(trace["features"]))
             row(network, "norm", trace["features"].norm(dim=1).mean())
             for key, w in trace.items():
@@ -568,6 +578,18 @@ def check_tasks(args: Args):
     mixed = {args.actor_moe, args.critic_moe} - {"baseline"}
     if mixed and args.router == "hardcoded" and args.num_experts < number:
         fail(f"--num-experts {args.num_experts}: hardcoded routing needs one for each of {number} tasks; raise it")
+    for flag, given, partner in (
+        ("--top-k", args.top_k != 1 and args.router != "topk", "--router topk"),
+        ("--load-balance", args.load_balance and args.router != "topk", "--router topk"),
+        ("--match-params", args.match_params and not mixed, "an architecture other than baseline"),
+        (
+            "--slots",
+            args.slots != 1 and (args.router != "softmoe" or "middle" not in mixed or args.tokens == "persamp"),
+            "--router softmoe, the architecture middle and --tokens perconv",
+        ),
+    ):
+        if given:
+            fail(f"{flag}: has no effect here, it goes with {partner}; leave it out")
     if args.match_params and "final" in mixed:
         fail("--match-params: the last layer's width is given by the task; leave it out or choose another architecture")
     if args.protocol == "multitask" and args.num_envs % number:
@@ -718,7 +740,7 @@ def evaluate(agent: Agent, args: Args, policy: str, global_step: int, frames: li
         torch.manual_seed(args.seed)
         while live:
             if frames is not None:
-                frames.append(games.obs[live[0]].copy())
+                frames += [(i, games.obs[i].copy()) for i in live]
             logits = agent.actor(*see(torch.from_numpy(games.obs[live]).to(args.device)), games.task[live])
             actions = logits.argmax(-1) if policy == "deterministic" else draw(logits)
             live = [i for i, a in zip(live, actions.tolist(), strict=True) if not any(games.step(i, a)[1:])]
@@ -757,6 +779,7 @@ def evaluate_run(args: Args) -> Path:
             import imageio  # comes with gymnasium[mujoco]
 
             evaluate(agent, dataclasses.replace(run, eval_episodes=1), "deterministic", step, frames)
+            frames = [picture for _, picture in sorted(frames, key=lambda frame: frame[0])]  # one game after the other
             grey = np.linspace(80, 255, frames[0].shape[-1])  # the higher the channel, the brighter
             frames = [np.kron((frame * grey).max(-1), np.ones((16, 16))).astype(np.uint8) for frame in frames]
             imageio.mimsave(path, frames, duration=1000 / 30, loop=0)
@@ -802,6 +825,8 @@ def main(args: Args) -> Path:
         agent.load_state_dict(checkpoint["agent"])
         agent.optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"])
+        if args.device.startswith("cuda"):
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"], args.device)
         if global_step < args.total_timesteps:  # made longer: what was its end is not one any more
             eval_rows = [
                 r for r in eval_rows if r["policy"] == "deterministic" and due(args.eval_every, r["global_step"])
@@ -820,6 +845,8 @@ def main(args: Args) -> Path:
         model["agent"] = agent.state_dict()
         state = {"optimizer": agent.optimizer.state_dict(), "rng": torch.get_rng_state()}
         state |= {"eval_rows": eval_rows, "moe_rows": moe_rows, "wall_time": wall_time}
+        if args.device.startswith("cuda"):
+            state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
         write(run_dir / "checkpoint.pt", model | state)
         write(run_dir / "model.pt", model)
         write_eval(run_dir, eval_rows)
@@ -871,6 +898,8 @@ def main(args: Args) -> Path:
                 running = args.tasks if args.protocol == "multitask" else args.tasks[phase % number :][:1]
                 games, playing = Games([running[i % len(running)] for i in range(args.num_envs)], args), phase
                 games.reset(args, first=global_step // args.num_steps)
+                if phase and phase != running_phase(global_step - rollout_steps, args):  # not where a run is resumed
+                    agent.optimizer.state.clear()
             if args.anneal_lr:
                 progress_made = global_step / args.total_timesteps
                 if args.protocol == "continual":

@@ -5,20 +5,24 @@ Paper   Willi, Obando-Ceron, Foerster, Dziugaite and Castro 2024, "Mixture of Ex
 Layer   y = sum_i w_i(x) f_i(x). softmoe: w = softmax(x Phi). topk: the k largest of that. hardcoded: w = onehot(task).
 
 Run       python algos/sac_moe_multitask.py                                  # four rotated target-reaching layouts
-          python algos/sac_moe_multitask.py --tasks target-reaching-inverted --num-experts 8 --router hardcoded
+          python algos/sac_moe_multitask.py --tasks target-reaching-inverted --num-experts 8 --total-timesteps 320000
           python algos/sac_moe_multitask.py --tasks "HalfCheetah-v5" "HalfCheetah-v5?forward_reward_weight=-1"
 Resume    python algos/sac_moe_multitask.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash
 Evaluate  python algos/sac_moe_multitask.py --evaluate runs/NAME --video    # every task, both policies, a GIF
 
 What differs from sac.py:
 1. T tasks. --protocol multitask: step t is one of task t mod T. --protocol continual: one task after the other,
-   --cycles times; a task that comes back goes on with its running episode and its old replay.
+   --cycles times; a task that comes back goes on with its running episode and its old replay. At a switch the weights
+   stay, and Adam starts anew: its moments would go on moving an expert whose task is over.
 2. Every task has a temperature and an equal part of the replay. multitask: a batch has equal shares of all tasks.
-   continual: it is the running task's alone (nothing is rehearsed). --learning-starts counts for each task.
+   continual: it is the running task's alone (nothing is rehearsed). --learning-starts counts for each task: of the
+   160,000 steps of four tasks 40,000 are random.
 3. Actor and critics know the task as a one-hot behind the observation. --no-task-id takes it away from the networks and
    their routers, except from hardcoded routing.
 4. MLP states are one token per sample (PerSamp), for which Soft MoE is the dense gate above. --actor-moe, --critic-moe:
-   baseline; middle, final or all layers (each with a router of its own); big: each expert is a whole network.
+   baseline; middle, final or all layers (each with a router of its own); big: each expert is a whole network. Every
+   expert has the width of the layer that it replaces. --match-params divides it by n, or for all and big by the root of
+   n: their matrices shrink at both ends.
 5. Measured at every evaluation: see measure() and moe.csv.
 Where this differs from the papers: they do not have SAC; 1 to 3, --match-params and the tasks are ours. Every expert
 computes every sample, and one that is not chosen is weighted 0: nothing is dropped, and no time is saved. Obstacle
@@ -101,7 +105,7 @@ class Args:
     num_experts: int = 4  # n
     top_k: int = 1  # topk: experts per sample
     load_balance: float = 0.0  # topk: weight of Switch's load-balancing loss
-    match_params: bool = False  # divide the width of the experts by n
+    match_params: bool = False  # divide the width of the experts by n (all, big: by its root)
 
     @property
     def env_id(self) -> str:
@@ -230,7 +234,8 @@ class Router(nn.Module):
     """Weights w (N, B, n) of n experts for inputs x (N, B, d); linear without a bias, as in the code of 2402.08609.
 
     softmoe    w = softmax(x Phi)
-    topk       the k largest of that softmax as they are, the others 0 (Shazeer et al. 2017; k = 1 is the Switch gate)
+    topk       the k largest of that softmax as they are, the others 0, as in the code of 2402.08609 (Riquelme et al.
+               2021; k = 1 is the Switch gate; Shazeer et al. 2017 would make the k sum to 1)
     hardcoded  w = onehot(task); nothing to learn
     """
 
@@ -272,7 +277,8 @@ class MoE(nn.Module):
     def __init__(self, networks: int, inputs: int, outputs: int, architecture: str, args: Args, hidden: int = 256):
         super().__init__()
         self.networks, self.mixed, self.big = networks, self.MIXED[architecture], architecture == "big"
-        narrow = max(hidden // args.num_experts, 1) if args.match_params else hidden
+        share = args.num_experts if architecture == "middle" else math.sqrt(args.num_experts)
+        narrow = max(round(hidden / share), 1) if args.match_params else hidden
         widths = [inputs, *(narrow if layer in self.mixed else hidden for layer in (0, 1)), outputs]
         self.weights, self.biases, self.routers = nn.ParameterList(), nn.ParameterList(), nn.ModuleDict()
         for layer in range(3):
@@ -307,7 +313,7 @@ class MoE(nn.Module):
 
 
 def weighted(x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
-    """Neurons of all experts x (N, E, B, h) as the next layer gets them, w_i times f_i -> (N, B, E h)."""
+    """Neurons of all experts x (N, E, B, h), those of expert i times w_i (N, B, E) -> (N, B, E h)."""
     return (x if w is None else x * w.transpose(1, 2)[..., None]).transpose(1, 2).flatten(2)
 
 
@@ -483,8 +489,9 @@ SAMPLES = 1024  # states that the networks are measured on, all tasks together; 
 def measure(agent: Agent, buffers: list[ReplayBuffer], args: Args, global_step: int) -> list[dict]:
     """Rows of moe.csv, on states drawn from the replay of the tasks that have one. Training does not notice.
 
-    dormant_TAU    share of dormant neurons, per hidden layer and in total; a neuron of an expert counts as w_i f_i(x),
-                   so that an expert without weight is dormant as a whole
+    dormant_TAU    share of dormant neurons, per hidden layer and in total, on the states of each task (column task) and
+                   on all. A neuron of an expert counts as w_i f_i(x), which is our choice: so an expert without weight
+                   is dormant as a whole
     rank, norm     of the penultimate features: what the last layer multiplies by its weights (big: all w_i f_i)
     router         mean weight of each task (column task) and expert (column item)
     cosine         between the gradients of two tasks' losses (columns task and item)
@@ -506,11 +513,12 @@ def measure(agent: Agent, buffers: list[ReplayBuffer], args: Args, global_step: 
             agent.actor(batch.obs, task, traces["actor"])
         for network, trace in traces.items():
             layers = {key: x for key, x in trace.items() if key.startswith("layer")}
-            for tau in TAUS:
-                masks = {key: torch.stack([dormant(h, tau) for h in x]).float() for key, x in layers.items()}
-                for key, mask in masks.items():
-                    row(network, f"dormant_{tau}", mask.mean(), item=key)
-                row(network, f"dormant_{tau}", torch.cat(list(masks.values()), 1).mean(), item="total")
+            for t in ("", *seen):
+                mask = task == t if t != "" else torch.ones_like(task, dtype=torch.bool)
+                for tau in TAUS:
+                    masks = {k: torch.stack([dormant(h[mask], tau) for h in x]).float() for k, x in layers.items()}
+                    for key, neurons in (masks | {"total": torch.cat(list(masks.values()), 1)}).items():
+                        row(network, f"dormant_{tau}", neurons.mean(), t, key)
             row(network, "rank", np.mean([effective_rank(x) for x in trace["features"]]))
             row(network, "norm", trace["features"].norm(dim=-1).mean())
             for key, w in trace.items():
@@ -689,6 +697,13 @@ def check_tasks(args: Args) -> Args:
     mixed = {args.actor_moe, args.critic_moe} - {"baseline"}
     if mixed and args.router == "hardcoded" and args.num_experts < number:
         fail(f"--num-experts {args.num_experts}: hardcoded routing needs one for each of {number} tasks; raise it")
+    for flag, given, partner in (
+        ("--top-k", args.top_k != 1 and args.router != "topk", "--router topk"),
+        ("--load-balance", args.load_balance and args.router != "topk", "--router topk"),
+        ("--match-params", args.match_params and not mixed, "an architecture other than baseline"),
+    ):
+        if given:
+            fail(f"{flag}: has no effect here, it goes with {partner}; leave it out")
     if args.match_params and "final" in mixed:
         fail("--match-params: the last layer's width is given by the task; leave it out or choose another architecture")
     if args.protocol == "multitask" and args.batch_size % number:
@@ -702,6 +717,9 @@ def check_tasks(args: Args) -> Args:
         args = dataclasses.replace(args, total_timesteps=160_000)
     if args.protocol == "continual" and args.total_timesteps < number * args.cycles:
         fail(f"--total-timesteps {args.total_timesteps}: fewer than the {number * args.cycles} phases; give more")
+    steps = args.total_timesteps // (number * args.cycles)
+    if steps <= args.learning_starts:
+        fail(f"--learning-starts {args.learning_starts}: counts for each task, which has only {steps} steps; lower it")
     return args
 
 
@@ -879,6 +897,9 @@ def main(args: Args) -> Path:
                 task, learned, fresh = global_step % number, list(tasks), global_step // number
             else:
                 phase = running_phase(global_step, args)
+                if phase and phase != running_phase(global_step - 1, args):
+                    for optimizer in agent.optimizers:
+                        optimizer.state.clear()
                 task, learned = phase % number, [phase % number]
                 fresh = global_step - math.ceil(phase * args.total_timesteps / (number * args.cycles))
                 fresh += args.learning_starts * (phase >= number)  # the task is not new any more

@@ -54,7 +54,7 @@ def test_soft_moe_equals_a_loop_over_experts_and_slots(ppo_moe, slots):
     result = moe(x, None, trace)
     for b in range(3):
         logits = [[(x[b, j] @ moe.phi[:, s]).item() for s in range(4 * slots)] for j in range(6)]
-        y, usage = torch.zeros(6, 5, dtype=torch.float64), [0.0] * 4
+        y, usage, neurons = torch.zeros(6, 5, dtype=torch.float64), [0.0] * 4, []
         for s in range(4 * slots):
             expert = s // slots
             total = sum(math.exp(logits[j][s]) for j in range(6))
@@ -65,7 +65,10 @@ def test_soft_moe_equals_a_loop_over_experts_and_slots(ppo_moe, slots):
                 share = math.exp(logits[j][s]) / sum(math.exp(logit) for logit in logits[j])
                 y[j] += share * out
                 usage[expert] += share / 6
+            neurons.append(h * sum(math.exp(logits[j][s]) / sum(map(math.exp, logits[j])) for j in range(6)) / 6)
         torch.testing.assert_close(result[b], y, rtol=1e-10, atol=1e-10)
+        neurons = torch.stack(neurons).view(4, slots, 7).transpose(0, 1).flatten(1)  # of each slot its experts' neurons
+        torch.testing.assert_close(trace["layer2"][b * slots : (b + 1) * slots], neurons)
         assert trace["router2"][b].tolist() == pytest.approx(usage)
 
 
@@ -80,19 +83,32 @@ def test_soft_moe_of_one_token_is_the_dense_gate(ppo_moe):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("router", ["softmoe", "topk", "hardcoded"])
 def test_layers_equal_a_loop_over_experts(either, architecture, router):
-    """y = sum_i w_i f_i with a plain loop and the routers' own weights, which the trace shows."""
+    """y = sum_i w_i f_i with a plain loop and the routers' own weights, which the trace shows; so do its features."""
     moe, inputs, _ = network(either, architecture, router=router, num_experts=3, top_k=2, **tokens(either))
+
+    def check_weights(layer, x, w):  # that they come from the layer's own input
+        if router == "softmoe":
+            phi = moe.routers[str(layer)].phi[number]
+            torch.testing.assert_close(w, (x @ phi).softmax(1), rtol=1e-4, atol=1e-5)
+
     task, trace = torch.arange(9) % 3, {}
     result, sac_like = moe(*inputs, task, trace), either.SCRIPT.startswith("sac")
     for number in range(2 if sac_like else 1):  # the two critics, or one network
         x = inputs[-1]
         weights = [w[number] if sac_like else w for w in (trace[key] for key in sorted(trace) if "router" in key)]
+        features = trace["features"][number] if sac_like else trace["features"]
         if architecture == "big":
+            check_weights(0, inputs[0], weights[0])
+            expected = [weights[0][:, e, None] * hidden(moe, number, e, x) for e in range(3)]
+            torch.testing.assert_close(features, torch.cat(expected, 1), rtol=1e-4, atol=1e-5)
             x = sum(weights[0][:, e, None] * apply(moe, number, 2, e, hidden(moe, number, e, x)) for e in range(3))
         else:
             for layer in range(3):
+                if layer == 2:
+                    torch.testing.assert_close(features, x, rtol=1e-4, atol=1e-5)
                 if f"router{layer + 1}" in trace:
                     w = weights.pop(0)
+                    check_weights(layer, x if layer else inputs[0], w)
                     x = sum(w[:, e, None] * apply(moe, number, layer, e, x) for e in range(3))
                 else:
                     x = apply(moe, number, layer, 0, x)
@@ -228,9 +244,11 @@ def test_measure_of_sac_on_made_networks(sac_moe):
     before = torch.get_rng_state()
     rows = sac_moe.measure(agent, buffers, args, 7)
     assert torch.equal(before, torch.get_rng_state()) and {row["global_step"] for row in rows} == {7}
-    assert value_of(rows, network="actor", metric="dormant_0.0", item="layer1") == pytest.approx(0.25, abs=0.02)
-    assert value_of(rows, network="actor", metric="dormant_0.025", item="layer2") == pytest.approx(0.5, abs=1e-6)
-    total = value_of(rows, network="actor", metric="dormant_0.0", item="total")
+    all_tasks = {"network": "actor", "task": ""}
+    assert value_of(rows, metric="dormant_0.0", item="layer1", **all_tasks) == pytest.approx(0.25, abs=0.02)
+    assert value_of(rows, metric="dormant_0.025", item="layer2", **all_tasks) == pytest.approx(0.5, abs=1e-6)
+    assert value_of(rows, network="actor", metric="dormant_0.025", item="layer2", task=1) == 0.75
+    total = value_of(rows, metric="dormant_0.0", item="total", **all_tasks)
     assert total == pytest.approx((0.25 * 256 + 0.5 * 1024) / 1280, abs=0.01)
     assert value_of(rows, network="actor", metric="router2", task=1, item=1) == 1.0
     assert value_of(rows, network="critic", metric="router2", task=0, item=1) == 0.0
@@ -263,10 +281,35 @@ def test_measure_of_ppo_on_a_made_network(ppo_moe, monkeypatch):
     rows = ppo_moe.measure(agent, args, 5)
     assert torch.equal(before, torch.get_rng_state())
     for item in ("layer1", "layer2", "total"):
-        assert value_of(rows, network="actor", metric="dormant_0.025", item=item) == 0.5  # two experts of four
+        for task, share in (("", 0.5), (0, 0.75), (1, 0.75)):  # two experts of four, of each task one
+            assert value_of(rows, network="actor", metric="dormant_0.025", item=item, task=task) == share
     assert value_of(rows, network="critic", metric="router1", task=1, item=1) == 1.0
     assert value_of(rows, network="actor", metric="cosine", task=0, item=1) == 0.0  # no parameter in common
     assert rows == ppo_moe.measure(agent, args, 5)
+
+
+def test_a_neuron_of_the_convolution_is_a_channel(ppo_moe, monkeypatch):
+    """Sokar et al. 2023: so 16 of them stand beside 128. The tasks' own rows; rank and norm of what the head gets."""
+    pytest.importorskip("minatar")
+    monkeypatch.setattr(ppo_moe, "PROBE", (2, 20))
+    args = ppo_args(ppo_moe, "baseline", tasks=("breakout", "asterix"))
+    agent, trace = ppo_moe.Agent(args), {}
+    for layer in agent.actor.layers[:2]:
+        layer.weight.data.abs_()
+        layer.bias.data.fill_(1.0)
+    agent.actor.layers[0].bias.data[..., :4] = -1e6
+    rollout, seen = ppo_moe.rollout, []
+    monkeypatch.setattr(ppo_moe, "rollout", lambda *a: seen.append(rollout(*a)) or seen[-1])
+    rows = ppo_moe.measure(agent, args, 0)
+    for task in ("", 0, 1):
+        assert value_of(rows, network="actor", metric="dormant_0.0", item="layer1", task=task) == 0.25
+        total = value_of(rows, network="actor", metric="dormant_0.0", item="total", task=task)
+        assert total == pytest.approx(4 / 144, abs=1e-5)
+    (batch, _), *_ = seen
+    agent.actor(*ppo_moe.see(batch.obs), batch.task, trace)
+    assert value_of(rows, network="actor", metric="rank") == ppo_moe.effective_rank(trace["features"])
+    norm = sum(math.sqrt(sum(v * v for v in row)) for row in trace["features"].tolist()) / len(batch.obs)
+    assert value_of(rows, network="actor", metric="norm") == pytest.approx(norm, rel=1e-4)
 
 
 # Parameters
@@ -300,11 +343,14 @@ def test_parameters_are_counted(sac_moe, ppo_moe):
     assert ppo_moe.count_parameters(ppo_moe.MoE(4, 6, 1.0, "middle", args), args) == (total, total)
 
 
-def test_match_params_divides_the_width(either):
-    moe, inputs, _ = network(either, "big", num_experts=4, match_params=True)
-    wide, _, _ = network(either, "big", num_experts=4)
-    assert sum(p.numel() for p in moe.parameters()) < sum(p.numel() for p in wide.parameters()) / 3
-    assert moe(*inputs, torch.zeros(9, dtype=torch.long)).shape == wide(*inputs, torch.zeros(9, dtype=torch.long)).shape
+@pytest.mark.parametrize("architecture", ["middle", "all", "big"])
+def test_match_params_matches_the_baseline(sac_moe, ppo_moe, architecture):
+    """Up to rounding, the routers, and biases and borders of the experts."""
+    for module, arguments in ((sac_moe, (1, 8, 4)), (ppo_moe, (6, 6, 1.0))):
+        args = module.Args(num_experts=4, match_params=True, router="hardcoded", **tokens(module))
+        moe, baseline = (module.MoE(*arguments, name, args) for name in (architecture, "baseline"))
+        ratio = module.count_parameters(moe, args)[0] / module.count_parameters(baseline, args)[0]
+        assert 0.9 < ratio < 1.15, ratio
 
 
 # SAC
@@ -327,7 +373,7 @@ def test_one_task_without_experts_is_sac(sac, sac_moe):
             mine.actor.moe.biases[i].data.copy_(layer.bias.data)
 
     copy(plain)
-    batch = sac.Batch(torch.randn(8, 3), torch.rand(8, 2), torch.randn(8), torch.zeros(8), torch.randn(8, 3))
+    batch = sac.Batch(torch.randn(8, 3), torch.rand(8, 2), torch.randn(8), torch.arange(8.0) % 2, torch.randn(8, 3))
     torch.manual_seed(3)
     expected = sac.update(plain, batch, sac.Args())
     torch.manual_seed(3)
@@ -348,6 +394,29 @@ def test_each_task_has_its_own_temperature(sac_moe):
     start = math.log(args.alpha_init)
     assert agent.log_alpha[[0, 2]].tolist() == pytest.approx([start, start])
     assert agent.log_alpha[1] < start - 1e-4  # the fresh policy is nearly uniform: above the target entropy
+
+
+def test_losses_use_the_temperature_of_each_task_and_the_load_balance(sac_moe):
+    args = sac_args(sac_moe, tasks=2, router="topk", load_balance=3.0)
+    agent, buffers = fill(sac_moe, args)
+    agent.log_alpha.data = torch.tensor([0.1, 0.7]).log()
+    batch, task = sac_moe.draw(buffers, [0, 1], 8)
+    alpha = torch.tensor([0.1] * 4 + [0.7] * 4)
+    torch.manual_seed(4)
+    critic_loss = sac_moe.critic_loss_of(agent, batch, task, args)
+    actor_loss, _ = sac_moe.actor_loss_of(agent, batch, task, args)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        action, log_prob = agent.actor.sample(batch.next_obs, task)
+        soft_value = agent.critic_target(batch.next_obs, action, task).min(0).values - alpha * log_prob
+        error = agent.critic(batch.obs, batch.action, task) - batch.reward - args.gamma * soft_value  # none terminated
+        balance = [router.balance for router in agent.critic.moe.routers.values()]
+        torch.testing.assert_close(critic_loss, (error[0] ** 2 + error[1] ** 2).mean() + 3 * sum(balance))
+        action, log_prob = agent.actor.sample(batch.obs, task)
+        balance = [router.balance for router in agent.actor.moe.routers.values()]
+        expected = (alpha * log_prob - agent.critic(batch.obs, action, task).min(0).values).mean() + 3 * sum(balance)
+        torch.testing.assert_close(actor_loss, expected)
+    assert sum(balance) > 0.9
 
 
 def test_batches_have_equal_shares(sac_moe):
@@ -417,27 +486,39 @@ def test_padding_and_actions_of_each_game(ppo_moe, task):
         assert same or action in known
 
 
-def test_time_limit_is_bootstrapped_and_death_is_not(ppo_moe, monkeypatch):
+@pytest.mark.parametrize("gae_lambda", [0.0, 0.9])
+def test_time_limit_is_bootstrapped_and_death_is_not(ppo_moe, monkeypatch, gae_lambda):
+    """The advantages of a rollout are those of a plain loop over each game, backwards."""
     pytest.importorskip("minatar")
     monkeypatch.setattr(ppo_moe, "TIME_LIMIT", 7)
-    args = ppo_args(ppo_moe, "baseline", tasks=("breakout",), gae_lambda=0.0)
+    args = ppo_args(ppo_moe, "baseline", tasks=("breakout",), gae_lambda=gae_lambda)
     agent, games = ppo_moe.Agent(args), ppo_moe.Games(["breakout"] * 3, args)
     games.reset(args, first=0)
     batch, episodes = ppo_moe.rollout(agent, games, 30, args)
     again = ppo_moe.Games(["breakout"] * 3, args)
     again.reset(args, first=0)
-    ends = []
+    ends, steps = [], {}
+
+    def value(i):
+        return agent.critic(*ppo_moe.see(torch.from_numpy(again.obs[i : i + 1])), batch.task[:1]).item()
+
     for t in range(30):
         for i in range(3):
             row = 3 * t + i
             assert np.array_equal(batch.obs[row].numpy(), again.obs[i])
+            v = value(i)
             reward, terminated, truncated = again.step(i, int(batch.action[row]))
-            value = agent.critic(*ppo_moe.see(torch.from_numpy(again.obs[i : i + 1])), batch.task[:1]).item()
-            expected = reward + args.gamma * (not terminated) * value  # with lambda 0
-            assert batch.target[row].item() == pytest.approx(expected, abs=1e-5)
+            steps[t, i] = v, reward + args.gamma * (not terminated) * value(i), terminated or truncated
             if terminated or truncated:
                 ends.append((0, again.returns[i], again.lengths[i]))
                 again.start(i)
+    for i in range(3):
+        advantage = 0.0
+        for t in reversed(range(30)):
+            v, target, done = steps[t, i]
+            advantage = target - v + args.gamma * gae_lambda * (not done) * advantage
+            assert batch.advantage[3 * t + i].item() == pytest.approx(advantage, abs=1e-5)
+            assert batch.target[3 * t + i].item() == pytest.approx(advantage + v, abs=1e-5)
     assert episodes == ends and {length for *_, length in ends} >= {7} and any(length < 7 for *_, length in ends)
 
 
@@ -449,6 +530,85 @@ def test_gae_of_the_true_values_is_zero(ppo_moe):
     done[3] = 1
     advantage = ppo_moe.gae(one, 10 * one, 10 * one, 0 * one, done, args)
     assert advantage.abs().max() < 1e-5
+
+
+def test_ppo_losses_and_step_by_hand(ppo_moe):
+    """Against a plain form in which nothing is clamped: cases, torch's Categorical, clip_grad_norm_ and Adam."""
+    changes = dict(router="topk", num_experts=3, load_balance=2.0, ent_coef=0.3, vf_coef=0.7, max_grad_norm=0.1)
+    args = ppo_args(ppo_moe, "big", learning_rate=1e-3, **changes)
+    agent = ppo_moe.Agent(args)
+    for network_ in (agent.actor, agent.critic):
+        network_.layers[2].weight.data.normal_()
+    inputs = torch.rand(40, 10, 10, 6) < 0.2, torch.arange(40) % 3
+    logits = agent.actor(*ppo_moe.see(inputs[0]), inputs[1])
+    policy = torch.distributions.Categorical(logits=logits)
+    action, advantage = torch.arange(40) % 6, torch.randn(40) * 3 + 1
+    old = (policy.log_prob(action) + 0.3 * torch.randn(40)).detach()
+    batch = ppo_moe.Batch(*inputs, action, old, advantage, torch.randn(40))
+
+    normal = (advantage - advantage.mean()) / advantage.std()
+    gains, outside = [], 0
+    for ratio, a in zip((policy.log_prob(action) - old).exp(), normal, strict=True):
+        if (ratio > 1.2 and a > 0) or (ratio < 0.8 and a < 0):  # no gradient
+            gains.append((1.2 if a > 0 else 0.8) * a)
+        else:
+            gains.append(ratio * a)
+        outside += not 0.8 <= ratio <= 1.2
+    value = agent.critic(*ppo_moe.see(inputs[0]), inputs[1])[:, 0]
+    balance = [network_.routers["0"].balance for network_ in (agent.actor, agent.critic)]
+    actor_loss = -sum(gains) / 40 - 0.3 * policy.entropy().mean() + 2 * balance[0]
+    critic_loss = 0.7 * ((value - batch.target) ** 2).mean() + 2 * balance[1]
+    first, second, metrics = ppo_moe.losses_of(agent, batch, args)
+    torch.testing.assert_close(first, actor_loss)
+    torch.testing.assert_close(second, critic_loss)
+    assert 5 < outside < 35 and metrics["policy/clipped"].item() == pytest.approx(outside / 40)
+
+    plain = [torch.nn.Parameter(p.detach().clone()) for p in agent.parameters()]
+    gradients = torch.autograd.grad(actor_loss + critic_loss, list(agent.parameters()))
+    for p, g in zip(plain, gradients, strict=True):
+        p.grad = g
+    assert torch.nn.utils.clip_grad_norm_(plain, 0.1) > 0.2
+    torch.optim.Adam(plain, lr=1e-3, eps=1e-5).step()
+    ppo_moe.update(agent, batch, args)
+    for p, expected in zip(agent.parameters(), plain, strict=True):
+        torch.testing.assert_close(p, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_actions_follow_the_policy_and_are_stored_with_their_probability(ppo_moe):
+    pytest.importorskip("minatar")
+    logits = torch.tensor([0.0, 1.0, -1.0, 2.0, 0.5, 0.0])
+    counts = ppo_moe.draw(logits.expand(50_000, -1)).bincount(minlength=6) / 50_000
+    torch.testing.assert_close(counts, logits.softmax(0), rtol=0, atol=0.01)
+    args = ppo_args(ppo_moe, "big", tasks=("breakout", "asterix"), num_experts=2)
+    agent = ppo_moe.Agent(args)
+    agent.actor.layers[2].bias.data += logits
+    games = ppo_moe.Games(["breakout", "asterix"], args)
+    games.reset(args, first=0)
+    batch, _ = ppo_moe.rollout(agent, games, 40, args)
+    metrics = ppo_moe.losses_of(agent, batch, args)[2]
+    assert metrics["policy/kl"].abs() < 1e-6 and metrics["policy/clipped"] == 0
+    assert batch.action.unique().numel() > 2
+
+
+def test_evaluation_takes_the_best_action_or_draws_one(ppo_moe, monkeypatch):
+    pytest.importorskip("minatar")
+    args = ppo_args(ppo_moe, "baseline", tasks=("breakout",), eval_episodes=5)
+    agent, played = ppo_moe.Agent(args), []
+    agent.actor.layers[2].bias.data[0, 0, 3] = 1.0  # fresh networks have nearly equal logits: 0.35 against 0.13
+    step = ppo_moe.Games.step
+    monkeypatch.setattr(ppo_moe.Games, "step", lambda self, i, a: played.append(a) or step(self, i, a))
+    ppo_moe.evaluate(agent, args, "deterministic", 0)
+    assert set(played) == {3}
+    played.clear()
+    ppo_moe.evaluate(agent, args, "stochastic", 0)
+    assert len(set(played)) == 6
+
+
+def test_frames_show_every_game_to_its_end(ppo_moe):
+    pytest.importorskip("minatar")
+    args, frames = ppo_moe.Args(tasks=("breakout", "asterix", "space_invaders"), eval_episodes=1), []
+    rows = ppo_moe.evaluate(ppo_moe.Agent(args), args, "stochastic", 0, frames)
+    assert [sum(i == game for i, _ in frames) for game in range(3)] == [row["length"] for row in rows]
 
 
 def test_ppo_learns_the_better_action(ppo_moe):

@@ -80,7 +80,8 @@ def test_files_of_a_run(module, finished):
         mine = [row for row in measured if row["network"] == network]
         metrics = {row["metric"] for row in mine}
         assert {"dormant_0.025", "dormant_0.0", "rank", "norm", "cosine"} < metrics
-        assert {row["item"] for row in mine if row["metric"] == "dormant_0.0"} == {"layer1", "layer2", "total"}
+        dormant = [(row["task"], row["item"]) for row in mine if row["metric"] == "dormant_0.0"]
+        assert sorted(dormant) == sorted([(t, i) for t in ("", "0", "1") for i in ("layer1", "layer2", "total")] * 2)
         weights = [float(row["value"]) for row in mine if row["metric"].startswith("router")]
         assert len(weights) == 8 and sum(weights) == pytest.approx(4, abs=1e-4)  # 2 evaluations, tasks, experts
         counted = sum(p.numel() for key, p in model(finished).items() if key.startswith(f"{network}."))
@@ -174,6 +175,26 @@ def test_ppo_plays_the_tasks_as_scheduled(tmp_path, monkeypatch):
     assert played == [[0], [0], [1], [1]] * 2 and rates == [1.0, 0.5] * 4
 
 
+def test_a_switch_leaves_the_experts_of_other_tasks_alone(module, tmp_path, monkeypatch):
+    """Not a bit of them changes: Adam's moments end with the phase that made them. Hardcoded routing, two phases."""
+    update, weights = module.update, []
+
+    def watch(agent, *arguments):
+        result = update(agent, *arguments)
+        weights.append({k: v.clone() for k, v in agent.actor.state_dict().items() if v.is_floating_point()})
+        return result
+
+    monkeypatch.setattr(module, "update", watch)
+    monkeypatch.setattr(module, "measure", lambda *_: [])
+    settings = dict(protocol="continual", router="hardcoded", actor_moe="big", critic_moe="big")
+    train(module, tmp_path / "run", **settings)
+    axis = {"sac_moe_multitask": 1, "ppo_moe_multitask": 0}[module.SCRIPT]
+    last, before = weights[-1], weights[len(weights) // 2 - 1]  # as many updates in either phase
+    for key in (key for key in last if "one_hot" not in key):
+        assert torch.equal(last[key].select(axis, 0), before[key].select(axis, 0)), key
+        assert not torch.equal(last[key].select(axis, 1), before[key].select(axis, 1)), key
+
+
 def test_saved_model_evaluates_on_all_tasks_as_in_training(module, finished, capsys):
     episodes = SMALL[module.SCRIPT]["eval_episodes"]
     module.main(module.Args(evaluate=str(finished), eval_episodes=episodes, video=module.SCRIPT.startswith("ppo")))
@@ -218,6 +239,9 @@ WRONG = {
     "cycles of everything at once": (dict(cycles=2), "--cycles 2"),
     "no tasks": (dict(tasks=()), "--tasks"),
     "fewer steps than phases": (dict(protocol="continual", cycles=300, total_timesteps=500), "--total-timesteps 500"),
+    "experts that nobody chooses": (dict(top_k=2), "--top-k"),
+    "balance of nothing": (dict(load_balance=0.1), "--load-balance"),
+    "width of no experts": (dict(actor_moe="baseline", critic_moe="baseline", match_params=True), "--match-params"),
     "negative load balance": (dict(load_balance=-1.0), "--load-balance -1.0"),
     "nothing to resume": (dict(resume="no/such/run"), "--resume no/such/run"),
 }
@@ -228,11 +252,13 @@ WRONG_SAC = {
     "discrete actions": (dict(tasks=("CartPole-v1",), batch_size=8), "--tasks CartPole-v1"),
     "unequal shares": (dict(batch_size=7), "--batch-size 7"),
     "no room": (dict(buffer_size=3), "--buffer-size 3"),
+    "random to the end": (dict(learning_starts=80), "--learning-starts 80"),
 }
 WRONG_PPO = {
     "unknown game": (dict(tasks=("breakout", "pong")), "--tasks pong"),
     "a game twice": (dict(tasks=("breakout", "breakout")), "--tasks breakout breakout"),
     "unequal shares": (dict(num_envs=5), "--num-envs 5"),
+    "slots of no tokens": (dict(slots=2, tokens="persamp"), "--slots"),
     "unequal minibatches": (dict(num_minibatches=7), "--num-minibatches 7"),
 }
 
