@@ -14,16 +14,18 @@ What differs from sac.py, besides the algorithm:
    are seeded anew from --seed and the step, so a checkpoint needs no simulator state. --checkpoint-every is thereby
    part of what determines a run, and an interrupted run goes on from its last checkpoint, not from where it stopped.
 2. A run ends with a whole rollout. One that is made longer is not the same as one that was longer from the start.
-3. Observations are normalised by moments that belong to the actor. They take in a rollout after it has been learned
-   from, so the policy that acted and the one that the ratio starts from are the same. The first sees raw observations.
+3. Observations are normalised by moments that belong to the actor. They take in a rollout after it has been normalised,
+   so the policy that acted and the one that the ratio starts from are the same. The first sees raw observations. The
+   rewards' scale takes it in before.
 4. The default task keeps the environment's own speed bonus of 0.1; with SAC's 0.3 PPO learned to circle (one run).
 Where this differs from the paper: what is usual since (normalised observations, advantages and rewards, orthogonal
-initialisation, annealed learning rate, clipped gradient), and the value loss has no clipping.
+initialisation, annealed learning rate, clipped gradient). The value loss is the paper's, which Baselines clips.
 Letters in the shape comments: T steps, N environments, B batch, O observation size, A action dimensions.
 """
 
 # === shared: ppo imports ===
 import ast
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -82,7 +84,7 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     ent_coef: float = 0.0  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
-    target_kl: float | None = None  # no further pass over a rollout once the policy is this far from the one that acted
+    target_kl: float | None = None  # no further pass over a rollout once a pass has a mean KL divergence above this
     # === end shared ===
 
 
@@ -540,8 +542,8 @@ def resume_run(args: Args) -> tuple[Args, dict]:
     for field in dataclasses.fields(Args):
         given = getattr(args, field.name)
         if field.name == "total_timesteps" and given:
-            if given < checkpoint["global_step"]:
-                fail(f"--total-timesteps {given}: the run is at step {checkpoint['global_step']} already; give more")
+            if given < saved.total_timesteps:
+                fail(f"--total-timesteps {given}: the run has {saved.total_timesteps} and can only become longer")
             saved = dataclasses.replace(saved, total_timesteps=given)
         elif field.name != "resume" and given not in (field.default, getattr(saved, field.name)):
             fail(f"--{field.name.replace('_', '-')} {given}: cannot change in a run that is resumed; leave it out")
@@ -655,6 +657,7 @@ def main(args: Args) -> Path | None:
     if WORLD > 1:
         if args.device.startswith("cuda"):
             args = dataclasses.replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
+            check(args)  # that there is a GPU for each process
             torch.cuda.set_device(args.device)
         torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     configure(args)
@@ -689,8 +692,9 @@ def main(args: Args) -> Path | None:
     quiet = RANK > 0 or not sys.stderr.isatty()
     progress = tqdm(initial=start_step, total=args.total_timesteps, disable=quiet, unit="step")
     started, signals = time.perf_counter(), []
-    handlers = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    envs = make_envs(args)  # after the handlers, which processes of --async-envs inherit: Ctrl-C must not end them
+    handlers = {signal.SIGINT: signal.signal(signal.SIGINT, lambda number, _: signals.append(number))}
+    envs = make_envs(args)  # between the handlers: Ctrl-C must not end the processes of --async-envs, SIGTERM must
+    handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
 
     def save():
         wall_time = earlier_time + time.perf_counter() - started
@@ -709,7 +713,8 @@ def main(args: Args) -> Path | None:
 
     def stop(reason: str, code: int):
         progress.close()
-        print(f"{SCRIPT}.py: step {global_step}: {reason}", file=sys.stderr)
+        if RANK == 0 or code == 1:  # a signal stops all processes
+            print(f"{SCRIPT}.py: step {global_step}: {reason}", file=sys.stderr)
         raise SystemExit(code)
 
     def report(metrics: dict[str, torch.Tensor], episodes: list[tuple[float, int]], last: bool):
@@ -768,11 +773,14 @@ def main(args: Args) -> Path | None:
                     f"{number.name}; --resume {run_dir} goes on from its checkpoint of step {saved_step}", 128 + number
                 )
     except FloatingPointError as error:
-        stop(f"{error}, the training has diverged; {run_dir} keeps its checkpoint", 1)
+        stop(f"{error}, the training has diverged; {run_dir or 'the run'} keeps its checkpoint", 1)
+    except (EOFError, ConnectionError):
+        stop(f"a process of --async-envs has ended; --resume {run_dir} goes on from step {saved_step}", 1)
     except OSError as error:
-        stop(f"{error}; what was saved last stands: free space, then --resume {run_dir}", 1)
+        stop(f"{error}; what was saved last stands: mend that, then --resume {run_dir}", 1)
     finally:
-        envs.close()
+        with contextlib.suppress(EOFError, OSError):  # one of its processes has ended
+            envs.close()
         if WORLD > 1:
             torch.distributed.destroy_process_group()
         progress.close()

@@ -649,8 +649,8 @@ def resume_run(args: Args) -> tuple[Args, dict]:
     for field in dataclasses.fields(Args):
         given = getattr(args, field.name)
         if field.name == "total_timesteps" and given:
-            if given < checkpoint["global_step"]:
-                fail(f"--total-timesteps {given}: the run is at step {checkpoint['global_step']} already; give more")
+            if given < saved.total_timesteps:
+                fail(f"--total-timesteps {given}: the run has {saved.total_timesteps} and can only become longer")
             saved = dataclasses.replace(saved, total_timesteps=given)
         elif field.name != "resume" and given not in (field.default, getattr(saved, field.name)):
             fail(f"--{field.name.replace('_', '-')} {given}: cannot change in a run that is resumed; leave it out")
@@ -964,7 +964,7 @@ def main(args: Args) -> Path:
                 stop(f"{name}, checkpoint written; continue with --resume {run_dir}", 128 + signals[0])
         save()
     except OSError as error:
-        stop(f"{error}; what was saved last stands: free space, then --resume {run_dir}", 1)
+        stop(f"{error}; what was saved last stands: mend that, then --resume {run_dir}", 1)
     finally:
         progress.close()
         writer.close()

@@ -1,6 +1,8 @@
 """The mathematics of PPO: advantages, the clipped objective, Adam, moments, probe problems, vector environments."""
 
+import math
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ import torch
 import torch.nn as nn
 from conftest import ALGOS
 from test_sac import NoSynchronisation
-from torch.distributions import Normal
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 
 def make_batch(module, batch_size=64, obs_dim=3, action_dim=2, seed=0):
@@ -149,12 +151,134 @@ class ActionIsReward(TwoSteps):
         return self.obs, -float((action[0] - 0.5) ** 2), True, False, {}
 
 
+class FarSigns(ActionIsReward):
+    """Observations around 50; the best action is -0.5 below and 0.5 above. It keeps the actions that it gets."""
+
+    observation_space = gym.spaces.Box(-1000, 1000, (1,))
+    actions = []
+
+    def reset(self, *, seed=None, options=None):
+        gym.Env.reset(self, seed=seed)
+        self.obs[:] = self.np_random.uniform(30, 70)
+        return self.obs, {}
+
+    def step(self, action):
+        self.actions.append(action.copy())
+        return self.obs, -float((action[0] - np.sign(self.obs[0] - 50) / 2) ** 2), True, False, {}
+
+
+class Ladder(TwoSteps):
+    """Observations 100, 101, ... 104, cut off there; reward 1 each, for ever in truth."""
+
+    observation_space = gym.spaces.Box(-1000, 1000, (1,))
+
+    def step(self, action):
+        self.obs += 1
+        return self.obs, 1, False, bool(self.obs[0] == 104), {}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.obs[:] = 100
+        return self.obs, {}
+
+
 gym.register("PPOActionIsReward-v0", ActionIsReward, max_episode_steps=10)
+gym.register("PPOFarSigns-v0", FarSigns, max_episode_steps=10)
+gym.register("PPOLadder-v0", Ladder, max_episode_steps=10)
 
 
 def test_probe_policy(ppo_script):
     agent = train(ppo_script, "PPOActionIsReward-v0")
     assert agent.actor.mode(torch.zeros(1, 1)).item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_probe_policy_far_from_zero(ppo_script):
+    """Acting, learning and evaluation see observations through the same moments: raw ones would all look alike."""
+    agent = train(ppo_script, "PPOFarSigns-v0", num_envs=16)
+    obs = torch.tensor([[35.0], [42.0], [58.0], [65.0]])
+    assert agent.actor.mode(obs)[:, 0].tolist() == pytest.approx([-0.5, -0.5, 0.5, 0.5], abs=0.3)
+
+
+def test_probe_value_behind_a_time_limit_far_from_zero(ppo_script):
+    agent = train(ppo_script, "PPOLadder-v0", gamma=0.5)
+    with torch.no_grad():
+        value = agent.actor(agent.actor.normalize(torch.arange(100.0, 104.0)[:, None]))[-1]
+    torch.testing.assert_close(value / agent.return_moments.scale, torch.full((4,), 2.0), rtol=0, atol=0.2)
+
+
+def test_what_acted_is_what_is_learned_from(ppo_script, monkeypatch):
+    """The stored log-probability is that of the unclipped action under the policy that acted; the environment got the
+    clipped one. In the second rollout too, whose moments are far from 0 and 1."""
+    torch.manual_seed(0)
+    args = ppo_script.Args(env_id="PPOFarSigns-v0", num_envs=4, num_steps=30, num_minibatches=4)
+    agent, envs = ppo_script.Agent(1, 1, args), ppo_script.make_envs(args)
+    sampler = ppo_script.Sampler(envs, args)
+    sampler.reset(0)
+    actor, acted = agent.actor, []
+    actor.log_std.data.fill_(0.3)
+    sample = actor.sample
+
+    def watch(obs, noise):
+        result = sample(obs, noise)
+        moments = actor.normalize
+        plain = ((obs.double() - moments.mean) / (moments.var + 1e-8).sqrt()).clamp(-10, 10).float()
+        mean, *gate, _ = actor(plain)
+        if gate:
+            components = Independent(Normal(mean, actor.log_std.exp().expand_as(mean)), 1)
+            policy = MixtureSameFamily(Categorical(logits=gate[0]), components)
+        else:
+            policy = Independent(Normal(mean, actor.log_std.exp()), 1)
+        acted.append((result[1], policy.log_prob(result[1])))
+        return result
+
+    monkeypatch.setattr(actor, "sample", watch)
+    for _ in range(2):
+        acted.clear(), FarSigns.actions.clear()
+        rollout, _ = sampler.rollout(agent)
+        action, log_prob = (torch.cat(column) for column in zip(*acted, strict=True))
+        received = torch.from_numpy(np.concatenate(FarSigns.actions))[:, None]
+        batch = ppo_script.prepare(agent, rollout, args)
+        torch.testing.assert_close(batch.action, action)
+        torch.testing.assert_close(batch.log_prob, log_prob, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(received, action.clamp(-1, 1))
+        assert (action.abs() > 1).any()
+        ppo_script.learn(agent, batch, args)
+    assert actor.normalize.mean.item() == pytest.approx(50, abs=3)
+
+
+def test_scaled_rewards_are_clipped_at_ten(ppo):
+    args = ppo.Args(gae_lambda=0.0, gamma=0.0)
+    agent, zero = ppo.Agent(1, 1, args), torch.zeros(100, 1)
+    reward = torch.ones(100, 1)
+    reward[7], reward[9] = 1000.0, -1000.0  # scaled by the standard deviation of them all, 141: clipped if not by this
+    agent.return_moments.update(torch.randn(10**6))
+    rollout = ppo.Rollout(zero[..., None], zero[..., None], reward, zero, zero, zero[..., None], zero)
+    target = ppo.prepare(agent, rollout, args).target
+    assert target[7].item() == pytest.approx(10) and target[9].item() == pytest.approx(-10)
+    assert target[0].item() == pytest.approx(1, abs=0.01)
+
+
+def test_kl_and_clipped_share_by_hand(ppo, monkeypatch):
+    log_ratio = torch.tensor([0.0, 0.1, -0.1, 0.5, -0.5, 0.25, -0.25, 0.15]).repeat(2)
+    monkeypatch.setattr(ppo, "update", lambda *_: {"log_ratio": log_ratio})
+    metrics = ppo.learn(None, make_batch(ppo), ppo.Args(num_minibatches=4, update_epochs=1))
+    kl = sum(math.exp(x) - 1 - x for x in log_ratio.tolist()) / 16  # Schulman's estimate of KL(pi_old || pi)
+    assert metrics["policy/kl"].item() == pytest.approx(kl, rel=1e-4)
+    assert metrics["policy/clipped"].item() == 0.5  # 0.5, -0.5, 0.25 and exp(-0.25) = 0.78
+
+
+def test_learning_rates_fall_to_zero(ppo_script, tmp_path, monkeypatch):
+    rates, learn = [], ppo_script.learn
+
+    def watch(agent, batch, args):
+        rates.append([optimizer.param_groups[0]["lr"] for optimizer in agent.optimizers])
+        return learn(agent, batch, args)
+
+    monkeypatch.setattr(ppo_script, "learn", watch)
+    run(ppo_script, tmp_path / "run", total_timesteps=320, learning_rate=1e-3)
+    for k, row in enumerate(rates):
+        assert row == pytest.approx([1e-3 * (1 - k / 4)] * len(row))
+    assert len(rates) == 4
 
 
 # One update
@@ -221,7 +345,7 @@ def test_update_does_not_synchronise(ppo_script):
         ppo_script.update(agent, make_batch(ppo_script), args)
 
 
-def test_ratio_starts_at_one_and_kl_stops_the_passes(ppo_script, monkeypatch):
+def test_kl_stops_the_passes(ppo_script, monkeypatch):
     args = ppo_script.Args(num_envs=4, num_steps=16, num_minibatches=1, update_epochs=4, learning_rate=1e-2)
     torch.manual_seed(0)
     agent = ppo_script.Agent(17, 2, args)
@@ -303,6 +427,31 @@ def test_vectorised_single_and_asynchronous_environments_train_alike(ppo, tmp_pa
     three = run(ppo, tmp_path / "async", env_id="PPOVector-v0", async_envs=True)
     for key in one:
         assert torch.equal(one[key], two[key]) and torch.equal(one[key], three[key]), key
+
+
+class Killed(TwoSteps):
+    """Its process ends in the third step, as if it had run out of memory."""
+
+    steps = 0
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().step(action)
+
+
+gym.register("PPOKilled-v0", Killed, max_episode_steps=10)
+
+
+def test_death_of_an_environments_process_ends_the_run_with_one_line(tmp_path):
+    """In a process of its own, which must end although the other environment's process lives."""
+    script = "import sys; sys.path[:0] = sys.argv[1:3]; from test_ppo import run; import conftest, pathlib; "
+    script += "run(conftest.load('ppo'), pathlib.Path(sys.argv[3]), env_id='PPOKilled-v0', async_envs=True)"
+    command = [sys.executable, "-c", script, str(ALGOS.parent / "tests"), str(ALGOS), str(tmp_path / "run")]
+    job = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert job.returncode == 1 and "--async-envs has ended" in job.stderr, job.stderr
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 def test_every_environment_has_its_own_seed(ppo):

@@ -190,11 +190,28 @@ def test_q_learns_the_return_of_the_action_taken(ppo_pmoe):
     torch.manual_seed(0)
     args = ppo_pmoe.Args(learning_rate=3e-3)
     agent, batch = ppo_pmoe.Agent(3, 2, args), make_batch(ppo_pmoe, 256)
-    target = batch.obs.sum(1) + batch.action[:, 0] * batch.action[:, 1]
+    target = batch.obs.sum(1) + batch.action.clamp(-1, 1).prod(1)  # the environment clips
     for _ in range(200):
-        metrics = ppo_pmoe.update(agent, batch._replace(target=target), args)
-    assert metrics["losses/q"] < 0.1 * target.var()
-    assert agent.q(batch.obs, batch.action[:, None].expand(-1, 3, -1)).shape == (256, 3)
+        ppo_pmoe.update(agent, batch._replace(target=target, advantage=torch.randn(256)), args)
+    q = agent.q(batch.obs, batch.action)
+    assert (q - target).square().mean() < 0.1 * target.var()
+    assert torch.equal(q, agent.q(batch.obs, batch.action.clamp(-1, 1))) and batch.action.abs().max() > 1
+    of_three = agent.q(batch.obs, batch.action[:, None] * torch.tensor([1.0, 0.5, 0.0])[:, None])
+    torch.testing.assert_close(of_three[:, 0], q)
+    torch.testing.assert_close(of_three[:, 1], agent.q(batch.obs, batch.action / 2))
+
+
+def test_q_has_a_clipping_of_its_own(ppo_pmoe):
+    """A huge error of Q leaves the policy's gradient as it is."""
+    args, gradients = ppo_pmoe.Args(max_grad_norm=0.1, learning_rate=1e-12), []
+    for scale in (1.0, 1e4):  # it names the same experts
+        torch.manual_seed(0)
+        agent, batch = ppo_pmoe.Agent(3, 2, args), make_batch(ppo_pmoe)
+        agent.q.layers[-1].w.data *= scale
+        ppo_pmoe.update(agent, batch, args)
+        gradients.append(agent.optimizers[0].vector.grad)
+        assert agent.optimizers[1].vector.grad.norm().item() == pytest.approx(0.1, rel=1e-3)
+    torch.testing.assert_close(*gradients)
 
 
 def test_entropy_bonus_has_the_gradient_of_the_mixtures_entropy(ppo_pmoe, monkeypatch):
