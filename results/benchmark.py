@@ -39,27 +39,38 @@ def moe_suites() -> dict[str, Suite]:
     """Mixture-of-experts layers against a baseline that is the same code without experts.
 
     topk and hardcoded routing have per-sample tokens in the middle layer: every expert computes every token, and with
-    64 tokens per sample that takes several times as long as all the rest. The eight experts of target reaching share
-    the baseline's width, for the same reason.
+    64 tokens per sample that takes several times as long as all the rest. The eight experts of target reaching have
+    together as many parameters as the baseline, for the same reason.
     """
-    minatar, reaching = {}, {}
+    minatar, reaching, order = {}, {}, {}
     kinds = ["baseline", *(f"{r}-{a}" for a in ("middle", "big") for r in ("softmoe", "topk", "hardcoded"))]
+    kinds.append("softmoe-middle-persamp")  # against the other routers in the same place, which have such tokens
     for protocol in ("multitask", "continual"):
         for kind in kinds:
-            router, _, architecture = kind.rpartition("-")
+            router, _, architecture = kind.removesuffix("-persamp").rpartition("-")
             flags = f"--protocol {protocol} --actor-moe {architecture} --critic-moe {architecture}"
             flags += f" --router {router}" * bool(router)
             if protocol == "multitask" and kind in ("baseline", "softmoe-big", "hardcoded-big"):
                 reaching[f"multitask-{kind}"] = f"sac_moe_multitask {flags}"
-            flags += " --tokens persamp" * (kind in ("topk-middle", "hardcoded-middle"))
+            flags += " --tokens persamp" * (kind.endswith("-persamp") or kind in ("topk-middle", "hardcoded-middle"))
             minatar[f"{protocol}-{kind}"] = f"ppo_moe_multitask {flags}"
-    shared = "--tasks target-reaching-inverted --num-experts 8 --match-params --update-every 4 --num-threads 1"
+            if protocol == "continual" and kind in ("baseline", "softmoe-big", "hardcoded-big"):
+                order[f"continual-{kind}"] = f"ppo_moe_multitask {flags} --tasks asterix breakout space_invaders"
+    for label in reaching:
+        reaching[label] += " --match-params" * (not label.endswith("baseline"))
+    shared = "--tasks target-reaching-inverted --num-experts 8 --update-every 4 --learning-starts 2500 --num-threads 1"
     return {
         "moe-minatar": Suite(
             "MinAtar-3-games",
             "--num-experts 3 --total-timesteps 3024000 --num-threads 1",  # 375 rollouts
             range(1, 4),
             minatar,
+        ),
+        "moe-minatar-order": Suite(
+            "MinAtar-3-games-reversed",
+            "--num-experts 3 --total-timesteps 3024000 --num-threads 1",
+            range(1, 4),
+            order,
         ),
         "moe-target-reaching": Suite(
             "TargetReaching-v0-8-tasks",

@@ -409,8 +409,9 @@ def section(env: str, labels: dict[str, list[Run]], figures: Path) -> list[str]:
 
 
 def measured(run: Run, network: str, metric: str, item: str = "") -> tuple[np.ndarray, np.ndarray]:
-    """Steps (E,) and values (E,) of one metric of one network; the mean over what is left open (pairs of tasks)."""
+    """Steps (E,) and values (E,) of one metric of one network: mean over pairs of tasks, or on the states of all."""
     rows = [r for r in run.moe if r["network"] == network and r["metric"] == metric and item in ("", r["item"])]
+    rows = [r for r in rows if metric == "cosine" or r["task"] == ""]
     steps = sorted({r["global_step"] for r in rows})
     return np.array(steps), np.array([np.mean([r["value"] for r in rows if r["global_step"] == t]) for t in steps])
 
@@ -521,19 +522,47 @@ def plot_experts(labels: dict[str, list[Run]], path: Path):
     save(figure, path)
 
 
+def ends_of(group: list[Run], column: int, of_phases: bool = False) -> np.ndarray:
+    """Return (1) or success (2) (n, T) at the end of the run, or of each task's own (last) phase."""
+    args = group[0].info["args"]
+    number, last = len(args["tasks"]), args["total_timesteps"] * (args["cycles"] - 1) / args["cycles"]
+    rows = []
+    for run in group:
+        evals = [run.evals[f"deterministic{i}"] for i in range(number)]
+        until = [args["total_timesteps"]] * number
+        if of_phases:
+            until = [last + (args["total_timesteps"] - last) * (i + 1) / number for i in range(number)]
+        rows.append([e[e[:, 0] <= end + 0.5][-1, column] for e, end in zip(evals, until, strict=True)])
+    return np.array(rows)
+
+
+def table_of_phases(labels: dict[str, list[Run]], column: int) -> list[str]:
+    """continual: what each task had reached at the end of its own phase, and what is left of it at the end."""
+    tasks = next(iter(labels.values()))[0].info["args"]["tasks"]
+    digits, statistic = (2, mean) if column == 2 else (1, iqm)
+    lines = ["| at the end of its phase -> of the run | " + " | ".join(map(short, tasks)) + " |"]
+    lines += ["|---" * (1 + len(tasks)) + "|"]
+    for label, group in labels.items():
+        learned, left = (statistic(ends_of(group, column, of_phases)) for of_phases in (True, False))
+        cells = (f"{a:.{digits}f} -> {b:.{digits}f}" for a, b in zip(learned, left, strict=True))
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def table_of_tasks(labels: dict[str, list[Run]], column: int) -> list[str]:
     """Return (1) or success (2) of each task at the end, and the last of each measurement, actor / critic."""
     args = next(iter(labels.values()))[0].info["args"]
-    heads = ["label", "seeds", *map(short, args["tasks"]), "mean of the tasks", "dormant", "rank", "cosine"]
-    heads += ["parameters, millions", "active", "steps/s", "commit"]
+    heads = ["label", "seeds", *map(short, args["tasks"]), "mean" if column == 2 else "mean / baseline's"]
+    heads += ["dormant", "rank", "cosine", "parameters, millions", "active", "steps/s", "commit"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     digits, statistic = (2, mean) if column == 2 else (1, iqm)
+    every = {label: ends_of(group, column) for label, group in labels.items()}
+    base = next((statistic(ends) for label, ends in every.items() if label.endswith("baseline")), np.nan)
     for label, group in labels.items():
-        ends = np.array(
-            [[run.evals[f"deterministic{i}"][-1, column] for i in range(len(args["tasks"]))] for run in group]
-        )
+        ends = every[label]
         cells = [label, len(group), *(with_interval(end, digits, statistic) for end in ends.T)]
-        cells += [with_interval(ends.mean(1), digits, statistic)]
+        # returns of different games have different units, so each is divided by the baseline's
+        cells += [with_interval((ends if column == 2 else ends / base).mean(1), 2, statistic)]
         for metric, item, places in (("dormant_0.025", "total", 2), ("rank", "", 0), ("cosine", "", 2)):
             last = [[measured(run, n, metric, item)[1] for run in group] for n in ("actor", "critic")]
             cells.append(
@@ -570,8 +599,11 @@ def section_of_tasks(env: str, every: dict[str, list[Run]], figures: Path) -> li
         for file, caption in captions.items():
             lines += [f"![{file}](figures/{file}.png)", "", f"*{caption}*", ""]
         lines += [*table_of_tasks(labels, 1 + success), ""]
+        if protocol == "continual":
+            lines += [*table_of_phases(labels, 1 + success), ""]
         lines += [
-            "Dormant (tau 0.025), rank and cosine (mean over pairs of tasks): actor / critic, mean over the seeds.",
+            "Dormant (tau 0.025, all hidden layers), rank and cosine (mean over pairs of tasks): actor / critic, mean",
+            "over the seeds. The features, whose rank it is, are the wider the more experts there are.",
             "",
         ]
         lines += ["```", *(group[0].info["command"] for group in labels.values()), "```", ""]

@@ -169,6 +169,7 @@ def make_run_of_tasks(root, label, seed, protocol="multitask", experts=True):
         for network, rank in (("actor", 10), ("critic", 20)):
             lines += [f"{t},{network},dormant_0.025,,total,{t / 4000}", f"{t},{network},rank,,,{rank * seed}"]
             lines += [f"{t},{network},norm,,,1.5", f"{t},{network},cosine,0,1,-0.5"]
+            lines.append(f"{t},{network},dormant_0.025,1,total,0.9")  # on the states of one task
             if experts:
                 lines += [f"{t},{network},router1,{i},{j},{(i == j) * 0.75}" for i in (0, 1) for j in (0, 1)]
     (folder / "moe.csv").write_text("\n".join([*lines, ""]))
@@ -186,8 +187,9 @@ def test_plot_of_several_tasks(plot, tmp_path):
     page = (tmp_path / "README.md").read_text()
     rows = [line for line in page.splitlines() if line.startswith("| multitask-big")]
     cells = [cell.strip() for cell in rows[0].strip("|").split("|")]
-    assert cells[:3] == ["multitask-big", "2", "2000.0 [1000.0, 3000.0]"] and cells[4].startswith("2000.5 [")
+    assert cells[:3] == ["multitask-big", "2", "2000.0 [1000.0, 3000.0]"] and cells[4].startswith("1.00 [0.50, 1.50")
     assert cells[5:10] == ["0.25 / 0.25", "20 / 40", "-0.50 / -0.50", "0.005 / 0.004", "0.003 / 0.002"]
+    assert "| continual-baseline | 1000.0 -> 2000.0 | 2001.0 -> 2001.0 |" in page
     run = plot.read_run(tmp_path / "runs" / "Games" / "multitask-big" / "s1")
     assert plot.routing(run, "critic").tolist() == [[0.75, 0], [0, 0.75]]
 
