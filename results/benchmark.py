@@ -127,35 +127,32 @@ PAPER_K = {  # the paper's Fig. 2
     "Humanoid": 8,
     "HumanoidStandup": 4,
 }
-GATES = {f"ppo_pmoe-{gate}": f"ppo_pmoe --gate-gradient {gate}" for gate in ("frequency", "both")}
+GATES = {f"ppo_pmoe-{gate}": f"ppo_pmoe --gate-gradient {gate}" for gate in ("both", "frequency")}
 
 
 def ppo_mujoco(task: str, runs: dict[str, str], folder: str = "ppo") -> Suite:
     return Suite(f"{task}-v5-{folder}", f"--env-id {task}-v5 {PPO_MUJOCO}", range(1, 4), runs)
 
 
-def ppo_target_reaching(runs: dict[str, str], folder: str = "ppo") -> list[Suite]:
-    random = "--env-id moe_envs:TargetReaching-v0?layout=random --total-timesteps 1000000 --eval-every 50000"
-    return [
-        Suite(f"TargetReaching-v0-fixed-{folder}", "--eval-every 10000", range(1, 6), runs),
-        Suite(f"TargetReaching-v0-random-{folder}", f"{random} --eval-episodes 50", range(1, 6), runs),
-    ]
+def experts_of(task: str, label: str) -> str:
+    return f"{GATES[label]} --num-experts {PAPER_K[task]}"
 
 
+RANDOM = "--env-id moe_envs:TargetReaching-v0?layout=random --total-timesteps 1000000 --eval-every 50000"
 SUITES |= {
     "ppo-mujoco": [
-        ppo_mujoco(task, {"ppo": "ppo", "ppo_pmoe": f"ppo_pmoe --num-experts {k}"}) for task, k in PAPER_K.items()
+        ppo_mujoco(task, {"ppo": "ppo", "ppo_pmoe-both": experts_of(task, "ppo_pmoe-both")}) for task in PAPER_K
     ],
-    "ppo-target-reaching": ppo_target_reaching({"ppo": "ppo", "ppo_pmoe": "ppo_pmoe"}),
+    "ppo-target-reaching": [
+        Suite("TargetReaching-v0-fixed-ppo", "--eval-every 10000", range(1, 6), {"ppo": "ppo"} | GATES),
+        Suite("TargetReaching-v0-random-ppo", f"{RANDOM} --eval-episodes 50", range(1, 6), {"ppo": "ppo"} | GATES),
+    ],
     "ppo-num-experts": [
         ppo_mujoco("HalfCheetah", {f"ppo_pmoe-{k}": f"ppo_pmoe --num-experts {k}" for k in (1, 2, 4, 8, 16)}, "experts")
     ],
-    "ppo-gate-gradient": [
-        *(
-            ppo_mujoco(task, {label: f"{run} --num-experts {PAPER_K[task]}" for label, run in GATES.items()}, "gate")
-            for task in ("HalfCheetah", "Hopper", "Walker2d")
-        ),
-        *ppo_target_reaching(GATES, "gate"),
+    "ppo-gate-gradient": [  # with ppo-mujoco, in whose folders they are, and ppo-target-reaching
+        ppo_mujoco(task, {"ppo_pmoe-frequency": experts_of(task, "ppo_pmoe-frequency")})
+        for task in ("HalfCheetah", "Hopper", "Walker2d")
     ],
 }
 
