@@ -1,7 +1,7 @@
 """Runs the suites of trainings that results/plot.py draws. Finished runs are skipped, broken ones are resumed.
 
 python results/benchmark.py target-reaching             # two runs at a time, each on one thread
-python results/benchmark.py ppo-mujoco --jobs 4
+python results/benchmark.py ppo-mujoco --jobs 4 --only Hopper Walker2d
 python results/benchmark.py halfcheetah --dry-run       # only says what it would do
 
 A run goes to results/runs/<environment>/<label>/s<seed>, what it prints to s<seed>.log beside that folder. Ctrl-C stops
@@ -223,12 +223,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("suite", choices=SUITES)
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
+    parser.add_argument("--only", nargs="+", default=[""], help="only runs with one of these words in the folder")
     parser.add_argument("--dry-run", action="store_true", help="print the decisions and commands, start nothing")
     options = parser.parse_args()
     if options.jobs < 1:
         parser.error("--jobs: must be at least 1")
     suites = SUITES[options.suite]
     jobs = [job for suite in (suites if isinstance(suites, list) else [suites]) for job in plan(suite)]
+    jobs = [job for job in jobs if any(word in str(job[0]) for word in options.only)]
     jobs.sort(key=lambda job: int(job[0].name[1:]))  # seed by seed
     if options.dry_run:
         for _, decision, command in jobs:

@@ -1,7 +1,9 @@
 """The scripts under results/: statistics by hand, what the benchmark decides, and figures that repeat to the byte."""
 
+import functools
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ def plot():
 
 
 benchmark = load("benchmark", RESULTS)
+script_of = functools.cache(load)
 
 
 def make_run(root, env="Env-v0", label="sac", seed=1, step=1000, total=1000, success=math.nan, **trajectories):
@@ -107,6 +110,21 @@ def test_benchmark_commands(tmp_path, monkeypatch):
         "start algos/sac.py --total-timesteps 9 --seed 2 --run-dir results/runs/E/a/s2",
         "resume algos/sac_pmoe.py --resume results/runs/E/b/s2",
     ]
+
+
+@pytest.mark.parametrize("suite", benchmark.SUITES)
+def test_suites_only_use_flags_that_their_scripts_have(suite, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(benchmark, "REPOSITORY", tmp_path)  # no runs there: all would start
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", suite, "--dry-run", "--only", "/s1"])
+    assert benchmark.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all("--seed 1 " in line for line in lines)
+    for line in lines:
+        decision, script, *words = line.split()
+        module = script_of(Path(script).stem)
+        monkeypatch.setitem(sys.modules, module.SCRIPT, module)  # tyro reads the comments from the source
+        args = module.tyro.cli(module.Args, args=words)
+        assert decision == "start" and args.seed == 1 and args.run_dir.endswith("/s1")
 
 
 def test_benchmark_leaves_a_run_alone_that_another_process_holds(tmp_path, monkeypatch):
