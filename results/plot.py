@@ -332,6 +332,8 @@ def seeds_of(labels: dict[str, list[Run]]) -> str:
 def with_interval(values: np.ndarray, digits: int, statistic=iqm) -> str:
     if not np.isfinite(values).all():
         return "-"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
     low, high = interval(values, statistic)
     return f"{statistic(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
@@ -349,7 +351,7 @@ def table(labels: dict[str, list[Run]]) -> list[str]:
             len(group),
             f"{group[0].info['global_step']:,}",
             with_interval(deterministic, 1),
-            f"{deterministic.mean():.1f} ± {deterministic.std():.1f}",
+            f"{deterministic.mean():.1f} ± {deterministic.std():.1f}" if len(group) > 1 else "-",
             with_interval(curve(group, 1)[1].mean(1), 1),
             with_interval(final(group, "stochastic", 1), 1),
             with_interval(final(group, "deterministic", 2), 2, mean),
@@ -625,7 +627,7 @@ environment and seeds.
 * **Success** is the plain mean over the seeds and the same kind of interval. It is 0 or 1 for most seeds, and an IQM
   would call 4 of 5 seeds 1.00.
 * With 3 to 5 seeds these intervals are rough and rather too narrow (where all seeds agree they have no width at all):
-  small differences decide nothing.
+  small differences decide nothing. One seed has none, and decides nothing whatever it is.
 * **Steps/s** and **minutes** are medians of whole runs, evaluations included, with other runs on the same machine.
   A **commit** with + had uncommitted changes. Under each table is the command of each label's first seed.
 """
