@@ -24,7 +24,7 @@ Where this differs from the paper or the authors' code:
    E[max_k Q(s, a_k)], which grows with every sigma_k, although the agent acts by one draw and not by the best of K: the
    experts stay wide while the temperature sinks. `means` picks it by Q(s, tanh(mu_k)), `fresh` by draws of its own;
    neither rewards noise. `draws` is the paper's form: by `means`, which expert is the best is certain in each state, so
-   the gate is a classifier of states. On the default task `means` ended with success in 5 of 5 seeds, `draws` in 2 of 4.
+   the gate is a classifier of states. On the default task `means` arrived with 5 of 5 seeds, `draws` with 2 of 4.
 5. The temperature starts at --alpha-init 0.1, not 1 (as in sac.py).
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """

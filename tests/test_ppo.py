@@ -26,7 +26,7 @@ def make_batch(module, batch_size=64, obs_dim=3, action_dim=2, seed=0):
 def run(module, folder, **changes):
     """A short run of `module` in this process; returns its agent's tensors."""
     settings = dict(env_id="Pendulum-v1", total_timesteps=240, num_envs=4, num_steps=20, num_minibatches=4)
-    settings |= dict(update_epochs=2, eval_every=10**6, eval_episodes=1, run_dir=str(folder))
+    settings |= dict(update_epochs=2, eval_every=10**6, eval_episodes=1, num_threads=1, run_dir=str(folder))
     module.main(module.Args(**(settings | changes)))
     return torch.load(folder / "model.pt", weights_only=True)["agent"]
 
@@ -486,7 +486,7 @@ def checked_update(agent, batch, args):
 script.update = checked_update
 script.main(script.Args(env_id="moe_envs:TargetReaching-v0?max_episode_steps=30", total_timesteps=120, num_envs=4,
     num_steps=10, num_minibatches=4, update_epochs=2, eval_every=60, eval_episodes=1, checkpoint_every=80,
-    target_kl=1.0, run_dir=sys.argv[3]))
+    target_kl=1.0, num_threads=1, run_dir=sys.argv[3]))
 torch.save(agents[0].state_dict(), f"{sys.argv[3]}/agent{script.RANK}.pt")
 """
 

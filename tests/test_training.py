@@ -120,7 +120,7 @@ def test_resume_after_kill_9_is_exact(script_name, tmp_path):
     if script_name.startswith("ppo"):
         settings = dict(total_timesteps=1600, num_envs=4, num_steps=20, num_minibatches=4, update_epochs=4)
         settings |= dict(eval_every=400, checkpoint_every=240)
-    settings["eval_episodes"] = 1
+    settings |= dict(eval_episodes=1, num_threads=1)
     whole = start(script_name, *flags(**settings, run_dir=tmp_path / "whole"))
     killed = start(script_name, *flags(**settings, run_dir=tmp_path / "killed"))
     evaluations = tmp_path / "killed" / "eval.csv"
