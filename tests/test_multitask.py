@@ -92,7 +92,7 @@ def test_files_of_a_run(module, finished):
 def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path):
     """Killed in the first phase, so that the resumed run makes the switch; the script is a copy that stands alone."""
     half, end = STEPS[script_name]
-    settings = SMALL[script_name] | {"protocol": "continual", "eval_every": half * 3 // 4}
+    settings = SMALL[script_name] | {"protocol": "continual", "eval_every": half * 3 // 2}
     settings |= {"total_timesteps": 4 * half, "checkpoint_every": half // 2}
     settings = flags(**{k: v for k, v in settings.items() if k != "tasks"}) + ["--tasks", *settings["tasks"]]
     shutil.copy(ALGOS / f"{script_name}.py", tmp_path)
