@@ -289,7 +289,7 @@ class Head(nn.Module):
 class Adam(torch.optim.Adam):
     """Adam of all weights of a module, which become views of one vector: one operation averages, clips or steps all.
 
-    It calls the function behind torch's step(), whose bookkeeping would take twice as long as the arithmetic.
+    It calls the function behind torch's step(), whose bookkeeping takes longer than the arithmetic.
     """
 
     def __init__(self, module: nn.Module, args: Args):

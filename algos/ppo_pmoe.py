@@ -20,8 +20,7 @@ What differs from ppo.py:
 Where this differs from the paper or the authors' code: their release has no PPO, and the paper's own text was not to be
 had. The form is that of a co-author's later script, which is --gate-gradient both. What we chose ourselves:
 1. Deterministic evaluation acts by the mean of the likeliest expert. Gate and Q get normalised observations.
-2. Q gets the actions clipped, as the environment does. With unclipped ones a third of the experts it named best in a
-   fresh agent on Hopper-v5 (K = 12) were so by what lies outside [-1, 1] and has no effect.
+2. Q gets the actions clipped, as the environment does: what lies outside [-1, 1] has no effect and shall rank nobody.
 3. The entropy bonus, if there is one, is for the mixture's entropy, which has no closed form: -sum_k w_k log pi(a_k|s)
    with one reparameterised draw of each expert, an unbiased estimate of it and of its gradient.
 4. Q has its own Adam and its own clipping, so that it does not shorten the policy's gradient.
@@ -296,7 +295,7 @@ class Head(nn.Module):
 class Adam(torch.optim.Adam):
     """Adam of all weights of a module, which become views of one vector: one operation averages, clips or steps all.
 
-    It calls the function behind torch's step(), whose bookkeeping would take twice as long as the arithmetic.
+    It calls the function behind torch's step(), whose bookkeeping takes longer than the arithmetic.
     """
 
     def __init__(self, module: nn.Module, args: Args):

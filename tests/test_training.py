@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALGOS, SCRIPTS
+from conftest import ALGOS, MULTITASK, SCRIPTS, load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COMMON = dict(env_id="Pendulum-v1", total_timesteps=220, eval_every=110, eval_episodes=1, num_threads=1)
@@ -396,7 +396,9 @@ def test_copied_alone_it_runs(script_name, tmp_path):
     assert run.name.startswith("Pendulum-v1") and f"__{script_name}__s1__" in run.name and (run / "model.pt").exists()
 
 
-def test_help_shows_every_flag(script, capsys, monkeypatch):
+@pytest.mark.parametrize("script_name", [*SCRIPTS, *MULTITASK])
+def test_help_shows_every_flag(script_name, capsys, monkeypatch):
+    script = load(script_name)
     monkeypatch.setattr(sys, "argv", [script.SCRIPT, "--help"])
     monkeypatch.setitem(sys.modules, script.SCRIPT, script)  # tyro reads the comments from the source
     with pytest.raises(SystemExit):
