@@ -89,15 +89,14 @@ def test_files_of_a_run(module, finished):
 
 
 @pytest.mark.parametrize("script_name", MULTITASK)
-def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path):
+def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path, capsys):
     """Killed in the first phase, so that the resumed run makes the switch; the script is a copy that stands alone."""
     half, end = STEPS[script_name]
     settings = SMALL[script_name] | {"protocol": "continual", "eval_every": half * 3 // 2}
     settings |= {"total_timesteps": 4 * half, "checkpoint_every": half // 2}
-    settings = flags(**{k: v for k, v in settings.items() if k != "tasks"}) + ["--tasks", *settings["tasks"]]
+    words = flags(**{k: v for k, v in settings.items() if k != "tasks"}) + ["--tasks", *settings["tasks"]]
     shutil.copy(ALGOS / f"{script_name}.py", tmp_path)
-    alone = {"cwd": tmp_path, "path": tmp_path}
-    whole, killed = (start(script_name, *settings, "--run-dir", name, **alone) for name in ("whole", "killed"))
+    killed = start(script_name, *words, "--run-dir", "killed", cwd=tmp_path, path=tmp_path)
     evaluations = tmp_path / "killed" / "eval.csv"
     while killed.poll() is None and not (evaluations.exists() and "deterministic" in evaluations.read_text()):
         time.sleep(0.01)
@@ -105,12 +104,11 @@ def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path
     assert killed.wait() == -signal.SIGKILL
     stopped_at = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["global_step"]
     assert half // 2 <= stopped_at < 4 * half
-    resumed = start(script_name, "--resume", "killed", **alone)
-    output, _ = resumed.communicate()
-    assert resumed.returncode == 0, output
-    output, _ = whole.communicate()
-    assert whole.returncode == 0 and "active for one" in output, output
-    assert equal(tmp_path / "whole", tmp_path / "killed")
+    module = load(script_name)
+    resumed = module.main(module.Args(resume=str(tmp_path / "killed")))
+    whole = module.main(module.Args(run_dir=str(tmp_path / "whole"), **settings))
+    assert "active for one" in capsys.readouterr().out
+    assert equal(whole, resumed)
 
 
 def test_signal_stops_with_a_checkpoint_and_resume_is_exact(module, tmp_path, monkeypatch, capsys):
