@@ -607,7 +607,18 @@ def check_tasks(args: Args):
 SCRIPT = Path(__file__).stem
 
 
-def check(args: Args):
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def given(args: Args) -> dict:
+    """Name -> value of the flags that the command spells out or that are not at their default."""
+    words = {word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv[1:]}
+    values = {field.name: (getattr(args, field.name), field.default) for field in dataclasses.fields(Args)}
+    return {name: value for name, (value, default) in values.items() if value != default or flag(name) in words}
+
+
+def check(args: Args, remedy: str = "--device cpu always works"):
     """Exits with one line naming the flag and the remedy if a value cannot work. Creates nothing."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
@@ -615,14 +626,14 @@ def check(args: Args):
             low, high = LIMITS.get(field.name, (1 if isinstance(value, int) else 1e-9, math.inf))
             if not low <= value <= high or value == math.inf:
                 bounds = f"lie between {low} and {high}" if high < math.inf else f"be at least {low}, and finite"
-                fail(f"--{field.name.replace('_', '-')} {value}: must {bounds}")
-    if args.video and not args.evaluate:
+                fail(f"{flag(field.name)} {value}: must {bounds}")
+    if args.video and args.evaluate is None:
         fail("--video: goes with --evaluate RUN_DIR")
     try:
         assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}; --device cpu always works")
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}; {remedy}")
 
 
 def configure(args: Args):
@@ -643,7 +654,10 @@ def describe(args: Args) -> dict:
             return None
 
     changes = git("status", "--porcelain", "--untracked-files=no")
-    packages = ("torch", "gymnasium", "mujoco", "numpy")
+    if changes == "":
+        changes = git("status", "--porcelain", "--", Path(__file__).name)  # a new script is not tracked yet
+    gpu, packages = args.device.startswith("cuda"), ("torch", "gymnasium", "mujoco", "numpy")
+    chip = torch.cuda.get_device_name(args.device) if gpu else torch.backends.cpu.get_cpu_capability()
     versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
     return {
         "script": SCRIPT,
@@ -652,7 +666,7 @@ def describe(args: Args) -> dict:
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "versions": {"python": platform.python_version(), **dict(sorted(versions.items()))},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
     }
 
 
@@ -672,35 +686,40 @@ def new_run_dir(args: Args) -> Path:
     return run_dir
 
 
-def load_run(flag: str, folder: str, name: str) -> tuple[Args, dict]:
+def load_run(option: str, folder: str, name: str) -> tuple[Args, dict]:
     """Arguments and content of `name` (model.pt or checkpoint.pt) of a saved run, on the CPU."""
     try:
         saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
         if saved["script"] != SCRIPT:
-            fail(f"{flag} {folder}: this run was made by {saved['script']}.py; use that script")
+            fail(f"{option} {folder}: this run was made by {saved['script']}.py; use that script")
         return Args(**saved["args"]), saved
     except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
-        fail(f"{flag} {folder}: no readable {name} there ({type(error).__name__}: {' '.join(str(error).split())[:80]})")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        fail(f"{option} {folder}: no readable {name} there ({reason}); give the folder of a run of this script")
 
 
 def resume_run(args: Args) -> tuple[Args, dict]:
-    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer.
-
-    A flag that has its default value counts as not given.
-    """
+    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer."""
     saved, checkpoint = load_run("--resume", args.resume, "checkpoint.pt")
-    for field in dataclasses.fields(Args):
-        given = getattr(args, field.name)
-        if field.name == "total_timesteps" and given:
-            if given < saved.total_timesteps:
-                fail(f"--total-timesteps {given}: the run has {saved.total_timesteps} and can only become longer")
-            saved = dataclasses.replace(saved, total_timesteps=given)
-        elif field.name != "resume" and given not in (field.default, getattr(saved, field.name)):
-            fail(f"--{field.name.replace('_', '-')} {given}: cannot change in a run that is resumed; leave it out")
+    for name, value in given(args).items():
+        if name == "total_timesteps" and value:
+            if value < saved.total_timesteps:
+                fail(f"--total-timesteps {value}: the run has {saved.total_timesteps} and can only become longer")
+            saved = dataclasses.replace(saved, total_timesteps=value)
+        elif name != "resume" and value != getattr(saved, name):
+            fail(f"{flag(name)} {value}: cannot change in a run that is resumed, it has {getattr(saved, name)}")
     if not os.access(args.resume, os.W_OK):
         fail(f"--resume {args.resume}: cannot write there; copy the folder to where you can")
-    check(saved)
+    check(saved, "a run is resumed on the kind of device that made it")
     return saved, checkpoint
+
+
+def note_resume(run_dir: Path, args: Args, global_step: int):
+    """Adds to run.json with what the run goes on: command, commit, versions and machine may be other ones now."""
+    run, now = json.loads((run_dir / "run.json").read_text()), describe(args)
+    now = {key: now[key] for key in ("command", "commit", "dirty", "versions", "machine")}
+    run["resumed"] = [*run.get("resumed", []), {"global_step": global_step} | now]
+    write(run_dir / "run.json", json.dumps(run, indent=1).encode())
 
 
 def write(path: Path, data: bytes | dict):
@@ -753,10 +772,9 @@ def evaluate(agent: Agent, args: Args, policy: str, global_step: int, frames: li
 
 def evaluate_run(args: Args) -> Path:
     """Evaluates the run in folder `args.evaluate` on all its tasks, prints the result and writes evaluation.json."""
-    for field in dataclasses.fields(Args):
-        given, own = getattr(args, field.name), field.name in ("evaluate", "eval_episodes", "video", "device")
-        if given != field.default and not own:
-            fail(f"--{field.name.replace('_', '-')} {given}: --evaluate takes it from the run; leave it out")
+    for name, value in given(args).items():
+        if name not in ("evaluate", "eval_episodes", "video", "device"):
+            fail(f"{flag(name)} {value}: --evaluate takes it from the run; leave it out")
     saved, model = load_run("--evaluate", args.evaluate, "model.pt")
     run = dataclasses.replace(saved, eval_episodes=args.eval_episodes, device=args.device)
     check_tasks(run)
@@ -792,14 +810,14 @@ def evaluate_run(args: Args) -> Path:
 def main(args: Args) -> Path:
     """Trains (or resumes, or evaluates) one agent on all tasks and returns the folder of its run."""
     check(args)
-    if args.evaluate:
+    if args.evaluate is not None:
         return evaluate_run(args)
     run_dir, checkpoint = args.resume, None
-    if args.resume:
-        given = args.total_timesteps
+    if args.resume is not None:
+        steps = args.total_timesteps
         args, checkpoint = resume_run(args)
-        if args.protocol == "continual" and given not in (None, checkpoint["args"]["total_timesteps"]):
-            fail(f"--total-timesteps {given}: the continual schedule divides them among the tasks; start a new run")
+        if args.protocol == "continual" and steps not in (None, checkpoint["args"]["total_timesteps"]):
+            fail(f"--total-timesteps {steps}: the continual schedule divides them among the tasks; start a new run")
     elif args.total_timesteps is None:
         args = dataclasses.replace(args, total_timesteps=3_024_000)
     check_tasks(args)
@@ -882,6 +900,7 @@ def main(args: Args) -> Path:
                     writer.add_scalar(f"{tag}_{row['task']}", row["return"], global_step)
                 text = f"{policy} return " + ", ".join(f"{args.tasks[row['task']]} {row['return']:.1f}" for row in rows)
                 progress.write(f"step {global_step}/{args.total_timesteps}: {text}; {speed:.0f} steps/s")
+            sys.stdout.flush()  # it may be a file
             for row in (new := measure(agent, args, global_step)):
                 tag = "/".join(f"{row[key]}" for key in ("network", "metric", "task", "item") if row[key] != "")
                 writer.add_scalar(f"moe/{tag}", row["value"], global_step)
@@ -891,6 +910,8 @@ def main(args: Args) -> Path:
 
     try:
         games, playing = None, None
+        if checkpoint:
+            note_resume(run_dir, args, global_step)
         save()  # from now on the run can be resumed
         while global_step < args.total_timesteps:
             phase = running_phase(global_step, args) if args.protocol == "continual" else 0

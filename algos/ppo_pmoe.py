@@ -109,7 +109,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """
     name, _, query = env_id.partition("?")
     try:
-        kwargs = dict(pair.split("=", 1) for pair in query.split("&") if pair)
+        kwargs = {key: value for key, _, value in (pair.partition("=") for pair in query.split("&") if pair)}
         for key, value in kwargs.items():
             try:
                 kwargs[key] = ast.literal_eval(value)  # numbers, booleans, tuples
@@ -117,8 +117,10 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
                 pass  # a plain word stays a string
         env = gym.make(name, **kwargs, **({"render_mode": render_mode} if render_mode else {}))
     except Exception as error:  # whatever the environment's own code raises
-        hint = " (moe_envs: pip install -e . in the repository)" if isinstance(error, ImportError) else ""
-        fail(f"--env-id {env_id}: {(str(error).strip() or type(error).__name__).splitlines()[0]}{hint}")
+        hint = "give an id of gymnasium.pprint_registry(), with arguments as id?name=value&name=value"
+        if isinstance(error, ImportError):
+            hint = "install it (moe_envs: pip install -e . in the repository)"
+        fail(f"--env-id {env_id}: {(str(error).strip() or type(error).__name__).splitlines()[0]}; {hint}")
     for role, space in (("action", env.action_space), ("observation", env.observation_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             fail(f"--env-id {env_id}: needs a flat Box {role} space such as Pendulum-v1's, this one has {space}")
@@ -131,7 +133,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
 
 def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
     """Seed of one episode, below 2^32; training seeds lie in the lower half, evaluation seeds in the upper."""
-    return evaluation * 2**31 + (seed * 100_003 + episode) % 2**31
+    return (2**31 if evaluation else 0) + (seed * 100_003 + episode) % 2**31
 
 
 # === end shared ===
@@ -524,7 +526,18 @@ def check_sizes(args: Args):
 SCRIPT = Path(__file__).stem
 
 
-def check(args: Args):
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def given(args: Args) -> dict:
+    """Name -> value of the flags that the command spells out or that are not at their default."""
+    words = {word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv[1:]}
+    values = {field.name: (getattr(args, field.name), field.default) for field in dataclasses.fields(Args)}
+    return {name: value for name, (value, default) in values.items() if value != default or flag(name) in words}
+
+
+def check(args: Args, remedy: str = "--device cpu always works"):
     """Exits with one line naming the flag and the remedy if a value cannot work. Creates nothing."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
@@ -532,14 +545,14 @@ def check(args: Args):
             low, high = LIMITS.get(field.name, (1 if isinstance(value, int) else 1e-9, math.inf))
             if not low <= value <= high or value == math.inf:
                 bounds = f"lie between {low} and {high}" if high < math.inf else f"be at least {low}, and finite"
-                fail(f"--{field.name.replace('_', '-')} {value}: must {bounds}")
-    if args.video and not args.evaluate:
+                fail(f"{flag(field.name)} {value}: must {bounds}")
+    if args.video and args.evaluate is None:
         fail("--video: goes with --evaluate RUN_DIR")
     try:
         assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}; --device cpu always works")
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}; {remedy}")
 
 
 def configure(args: Args):
@@ -560,7 +573,10 @@ def describe(args: Args) -> dict:
             return None
 
     changes = git("status", "--porcelain", "--untracked-files=no")
-    packages = ("torch", "gymnasium", "mujoco", "numpy")
+    if changes == "":
+        changes = git("status", "--porcelain", "--", Path(__file__).name)  # a new script is not tracked yet
+    gpu, packages = args.device.startswith("cuda"), ("torch", "gymnasium", "mujoco", "numpy")
+    chip = torch.cuda.get_device_name(args.device) if gpu else torch.backends.cpu.get_cpu_capability()
     versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
     return {
         "script": SCRIPT,
@@ -569,7 +585,7 @@ def describe(args: Args) -> dict:
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "versions": {"python": platform.python_version(), **dict(sorted(versions.items()))},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
     }
 
 
@@ -589,35 +605,40 @@ def new_run_dir(args: Args) -> Path:
     return run_dir
 
 
-def load_run(flag: str, folder: str, name: str) -> tuple[Args, dict]:
+def load_run(option: str, folder: str, name: str) -> tuple[Args, dict]:
     """Arguments and content of `name` (model.pt or checkpoint.pt) of a saved run, on the CPU."""
     try:
         saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
         if saved["script"] != SCRIPT:
-            fail(f"{flag} {folder}: this run was made by {saved['script']}.py; use that script")
+            fail(f"{option} {folder}: this run was made by {saved['script']}.py; use that script")
         return Args(**saved["args"]), saved
     except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
-        fail(f"{flag} {folder}: no readable {name} there ({type(error).__name__}: {' '.join(str(error).split())[:80]})")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        fail(f"{option} {folder}: no readable {name} there ({reason}); give the folder of a run of this script")
 
 
 def resume_run(args: Args) -> tuple[Args, dict]:
-    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer.
-
-    A flag that has its default value counts as not given.
-    """
+    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer."""
     saved, checkpoint = load_run("--resume", args.resume, "checkpoint.pt")
-    for field in dataclasses.fields(Args):
-        given = getattr(args, field.name)
-        if field.name == "total_timesteps" and given:
-            if given < saved.total_timesteps:
-                fail(f"--total-timesteps {given}: the run has {saved.total_timesteps} and can only become longer")
-            saved = dataclasses.replace(saved, total_timesteps=given)
-        elif field.name != "resume" and given not in (field.default, getattr(saved, field.name)):
-            fail(f"--{field.name.replace('_', '-')} {given}: cannot change in a run that is resumed; leave it out")
+    for name, value in given(args).items():
+        if name == "total_timesteps" and value:
+            if value < saved.total_timesteps:
+                fail(f"--total-timesteps {value}: the run has {saved.total_timesteps} and can only become longer")
+            saved = dataclasses.replace(saved, total_timesteps=value)
+        elif name != "resume" and value != getattr(saved, name):
+            fail(f"{flag(name)} {value}: cannot change in a run that is resumed, it has {getattr(saved, name)}")
     if not os.access(args.resume, os.W_OK):
         fail(f"--resume {args.resume}: cannot write there; copy the folder to where you can")
-    check(saved)
+    check(saved, "a run is resumed on the kind of device that made it")
     return saved, checkpoint
+
+
+def note_resume(run_dir: Path, args: Args, global_step: int):
+    """Adds to run.json with what the run goes on: command, commit, versions and machine may be other ones now."""
+    run, now = json.loads((run_dir / "run.json").read_text()), describe(args)
+    now = {key: now[key] for key in ("command", "commit", "dirty", "versions", "machine")}
+    run["resumed"] = [*run.get("resumed", []), {"global_step": global_step} | now]
+    write(run_dir / "run.json", json.dumps(run, indent=1).encode())
 
 
 def write(path: Path, data: bytes | dict):
@@ -675,10 +696,9 @@ def evaluate(agent: Agent, env: gym.Env, args: Args, policy: str, global_step: i
 
 def evaluate_run(args: Args) -> Path:
     """Evaluates the run in folder `args.evaluate`, prints the result and writes it there as evaluation.json."""
-    for field in dataclasses.fields(Args):
-        given, own = getattr(args, field.name), field.name in ("evaluate", "eval_episodes", "video", "device")
-        if given != field.default and not own:
-            fail(f"--{field.name.replace('_', '-')} {given}: --evaluate takes it from the run; leave it out")
+    for name, value in given(args).items():
+        if name not in ("evaluate", "eval_episodes", "video", "device"):
+            fail(f"{flag(name)} {value}: --evaluate takes it from the run; leave it out")
     saved, model = load_run("--evaluate", args.evaluate, "model.pt")
     run = dataclasses.replace(saved, eval_episodes=args.eval_episodes, device=args.device)
     configure(run)
@@ -713,10 +733,10 @@ def evaluate_run(args: Args) -> Path:
 def main(args: Args) -> Path | None:
     """Trains (or resumes, or evaluates) one agent and returns the folder of its run (None beside the first process)."""
     check(args)
-    if args.evaluate:
+    if args.evaluate is not None:
         return evaluate_run(args)
     run_dir, checkpoint = args.resume, None
-    if args.resume:
+    if args.resume is not None:
         args, checkpoint = resume_run(args)
     elif args.total_timesteps is None:
         args = dataclasses.replace(args, total_timesteps=200_000)
@@ -790,30 +810,33 @@ def main(args: Args) -> Path | None:
         scalars = {"charts/SPS": speed, "charts/learning_rate": agent.optimizers[0].param_groups[0]["lr"]}
         if episodes:
             scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0).tolist()
+            progress.set_postfix_str(f"return {scalars['charts/episodic_return']:.1f}", refresh=False)
         for key, value in metrics.items():  # a number, or one per expert
-            scalars |= {key + f"_{k}" * value.ndim: v for k, v in enumerate(value.flatten().tolist())}
+            names = [f"{key}_{k}" for k in range(len(value))] if value.ndim else [key]
+            scalars |= dict(zip(names, value.flatten().tolist(), strict=True))
         for key, value in scalars.items():
             if not math.isfinite(value):
                 raise FloatingPointError(f"{key} is {value}")
             writer.add_scalar(key, value, global_step)
         if last or due(args.eval_every, global_step):
-            for policy in ("deterministic", "stochastic")[: 1 + last]:
+            for policy in ("deterministic", "stochastic") if last else ("deterministic",):
                 row = evaluate(agent, eval_env, args, policy, global_step)
                 eval_rows.append(row)
-                text = f"{policy} return {row['return']:.1f}"
-                for key in ("return", "success"):
-                    if math.isfinite(row[key]):  # not every environment knows success
-                        tag = f"eval/{key}" + "_stochastic" * (policy == "stochastic")
-                        writer.add_scalar(tag, row[key], global_step)
-                        text += f", success {row[key]:.2f}" * (key == "success")
-                progress.write(f"step {global_step}/{args.total_timesteps}: {text}, {speed:.0f} steps/s")
-                progress.set_postfix_str(text)
+                known = {k: row[k] for k in ("return", "success") if math.isfinite(row[k])}  # few know success
+                for key, value in known.items():
+                    tag = f"eval/{key}" if policy == "deterministic" else f"eval/{key}_stochastic"
+                    writer.add_scalar(tag, value, global_step)
+                text = ", ".join(f"{key} {value:.2f}" for key, value in known.items())
+                progress.write(f"step {global_step}/{args.total_timesteps}: {policy} {text}, {speed:.0f} steps/s")
+            sys.stdout.flush()  # it may be a file
             write_eval(run_dir, eval_rows)
 
     try:
         sampler = Sampler(envs, args)
         sampler.reset(global_step)
         if RANK == 0:
+            if checkpoint:
+                note_resume(run_dir, args, global_step)
             save()  # from now on the run can be resumed
         while global_step < args.total_timesteps:
             if args.anneal_lr:

@@ -4,7 +4,7 @@ Paper   Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", a
 Policy  a = tanh(u), u ~ N(mu(s), sigma(s)^2), log pi(a|s) = sum_d [log N(u_d; mu_d, sigma_d^2) - log(1 - tanh(u_d)^2)].
 
 Run       python algos/sac.py                                 # target-reaching
-          python algos/sac.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --eval-every 10000
+          python algos/sac.py --env-id HalfCheetah-v5 --total-timesteps 1000000 --learning-starts 5000 --alpha-init 1
 Resume    python algos/sac.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash: the same bits
 Evaluate  python algos/sac.py --evaluate runs/NAME --video    # deterministic and stochastic return, a GIF
 
@@ -14,8 +14,10 @@ Where this differs from the paper:
 3. Every episode is reset with its own seed, made from the run's seed and the episode's number. A checkpoint then needs
    no simulator state: resume replays the actions of the running episode and checks that it observes the same bits.
 4. The temperature starts at --alpha-init 0.1, not 1 (Stable-Baselines3 offers this as ent_coef="auto_0.1"). At 1 the
-   entropy of all steps to come is worth up to 139 on the default task: more than the 100 for reaching the target.
+   entropy of all steps to come is worth up to 2 log 2 / (1 - gamma) = 139 on the default task, which has two action
+   dimensions: more than the 100 for reaching the target.
 5. It begins with 10,000 random steps, as Spinning Up does, not with 1,000: the default task's target is rarely met.
+The default task is not the authors': obstacles cost 10, not 100, and the bonus for speed is 0.3, not 0.1 (ours).
 Letters in the shape comments: B batch, O observation size, A action dimensions, H hidden units.
 """
 
@@ -92,7 +94,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """
     name, _, query = env_id.partition("?")
     try:
-        kwargs = dict(pair.split("=", 1) for pair in query.split("&") if pair)
+        kwargs = {key: value for key, _, value in (pair.partition("=") for pair in query.split("&") if pair)}
         for key, value in kwargs.items():
             try:
                 kwargs[key] = ast.literal_eval(value)  # numbers, booleans, tuples
@@ -100,8 +102,10 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
                 pass  # a plain word stays a string
         env = gym.make(name, **kwargs, **({"render_mode": render_mode} if render_mode else {}))
     except Exception as error:  # whatever the environment's own code raises
-        hint = " (moe_envs: pip install -e . in the repository)" if isinstance(error, ImportError) else ""
-        fail(f"--env-id {env_id}: {(str(error).strip() or type(error).__name__).splitlines()[0]}{hint}")
+        hint = "give an id of gymnasium.pprint_registry(), with arguments as id?name=value&name=value"
+        if isinstance(error, ImportError):
+            hint = "install it (moe_envs: pip install -e . in the repository)"
+        fail(f"--env-id {env_id}: {(str(error).strip() or type(error).__name__).splitlines()[0]}; {hint}")
     for role, space in (("action", env.action_space), ("observation", env.observation_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             fail(f"--env-id {env_id}: needs a flat Box {role} space such as Pendulum-v1's, this one has {space}")
@@ -114,7 +118,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
 
 def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
     """Seed of one episode, below 2^32; training seeds lie in the lower half, evaluation seeds in the upper."""
-    return evaluation * 2**31 + (seed * 100_003 + episode) % 2**31
+    return (2**31 if evaluation else 0) + (seed * 100_003 + episode) % 2**31
 
 
 # === end shared ===
@@ -312,16 +316,22 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
 LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
 
 
-def check_memory(args: Args, env: gym.Env):
-    """Exits if the replay buffer, and the copy of it that a checkpoint takes, cannot fit the memory of the device."""
+def check_sizes(args: Args, env: gym.Env):
+    """Exits if nothing would be learned, or if the replay, twice for a checkpoint, cannot fit the device's memory."""
+    if args.total_timesteps < args.learning_starts:
+        fail(f"--total-timesteps {args.total_timesteps}: less than --learning-starts {args.learning_starts}; give more")
     needed = 2 * args.buffer_size * (4 * (env.observation_space.shape[0] + env.action_space.shape[0] + 2) + 8)
     if args.device.startswith("cuda"):
         memory = torch.cuda.get_device_properties(args.device).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+        limit = Path("/sys/fs/cgroup/memory.max")  # a container's
+        if limit.exists() and (text := limit.read_text().strip()).isdigit():
+            memory = min(memory, int(text))
     if needed > memory:
         fit = int(args.buffer_size * memory / needed * 0.8)
-        fail(f"--buffer-size {args.buffer_size}: needs {needed / 1e9:.1f} GB of {memory / 1e9:.1f} GB; {fit} would fit")
+        sizes = f"{needed / 1e9:.1f} GB with a checkpoint's copy of it, of {memory / 1e9:.1f} GB"
+        fail(f"--buffer-size {args.buffer_size}: needs {sizes}; {fit} would fit")
 
 
 # === end shared ===
@@ -329,7 +339,18 @@ def check_memory(args: Args, env: gym.Env):
 SCRIPT = Path(__file__).stem
 
 
-def check(args: Args):
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def given(args: Args) -> dict:
+    """Name -> value of the flags that the command spells out or that are not at their default."""
+    words = {word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv[1:]}
+    values = {field.name: (getattr(args, field.name), field.default) for field in dataclasses.fields(Args)}
+    return {name: value for name, (value, default) in values.items() if value != default or flag(name) in words}
+
+
+def check(args: Args, remedy: str = "--device cpu always works"):
     """Exits with one line naming the flag and the remedy if a value cannot work. Creates nothing."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
@@ -337,14 +358,14 @@ def check(args: Args):
             low, high = LIMITS.get(field.name, (1 if isinstance(value, int) else 1e-9, math.inf))
             if not low <= value <= high or value == math.inf:
                 bounds = f"lie between {low} and {high}" if high < math.inf else f"be at least {low}, and finite"
-                fail(f"--{field.name.replace('_', '-')} {value}: must {bounds}")
-    if args.video and not args.evaluate:
+                fail(f"{flag(field.name)} {value}: must {bounds}")
+    if args.video and args.evaluate is None:
         fail("--video: goes with --evaluate RUN_DIR")
     try:
         assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}; --device cpu always works")
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}; {remedy}")
 
 
 def configure(args: Args):
@@ -365,7 +386,10 @@ def describe(args: Args) -> dict:
             return None
 
     changes = git("status", "--porcelain", "--untracked-files=no")
-    packages = ("torch", "gymnasium", "mujoco", "numpy")
+    if changes == "":
+        changes = git("status", "--porcelain", "--", Path(__file__).name)  # a new script is not tracked yet
+    gpu, packages = args.device.startswith("cuda"), ("torch", "gymnasium", "mujoco", "numpy")
+    chip = torch.cuda.get_device_name(args.device) if gpu else torch.backends.cpu.get_cpu_capability()
     versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
     return {
         "script": SCRIPT,
@@ -374,7 +398,7 @@ def describe(args: Args) -> dict:
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "versions": {"python": platform.python_version(), **dict(sorted(versions.items()))},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
     }
 
 
@@ -394,35 +418,40 @@ def new_run_dir(args: Args) -> Path:
     return run_dir
 
 
-def load_run(flag: str, folder: str, name: str) -> tuple[Args, dict]:
+def load_run(option: str, folder: str, name: str) -> tuple[Args, dict]:
     """Arguments and content of `name` (model.pt or checkpoint.pt) of a saved run, on the CPU."""
     try:
         saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
         if saved["script"] != SCRIPT:
-            fail(f"{flag} {folder}: this run was made by {saved['script']}.py; use that script")
+            fail(f"{option} {folder}: this run was made by {saved['script']}.py; use that script")
         return Args(**saved["args"]), saved
     except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
-        fail(f"{flag} {folder}: no readable {name} there ({type(error).__name__}: {' '.join(str(error).split())[:80]})")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        fail(f"{option} {folder}: no readable {name} there ({reason}); give the folder of a run of this script")
 
 
 def resume_run(args: Args) -> tuple[Args, dict]:
-    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer.
-
-    A flag that has its default value counts as not given.
-    """
+    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer."""
     saved, checkpoint = load_run("--resume", args.resume, "checkpoint.pt")
-    for field in dataclasses.fields(Args):
-        given = getattr(args, field.name)
-        if field.name == "total_timesteps" and given:
-            if given < saved.total_timesteps:
-                fail(f"--total-timesteps {given}: the run has {saved.total_timesteps} and can only become longer")
-            saved = dataclasses.replace(saved, total_timesteps=given)
-        elif field.name != "resume" and given not in (field.default, getattr(saved, field.name)):
-            fail(f"--{field.name.replace('_', '-')} {given}: cannot change in a run that is resumed; leave it out")
+    for name, value in given(args).items():
+        if name == "total_timesteps" and value:
+            if value < saved.total_timesteps:
+                fail(f"--total-timesteps {value}: the run has {saved.total_timesteps} and can only become longer")
+            saved = dataclasses.replace(saved, total_timesteps=value)
+        elif name != "resume" and value != getattr(saved, name):
+            fail(f"{flag(name)} {value}: cannot change in a run that is resumed, it has {getattr(saved, name)}")
     if not os.access(args.resume, os.W_OK):
         fail(f"--resume {args.resume}: cannot write there; copy the folder to where you can")
-    check(saved)
+    check(saved, "a run is resumed on the kind of device that made it")
     return saved, checkpoint
+
+
+def note_resume(run_dir: Path, args: Args, global_step: int):
+    """Adds to run.json with what the run goes on: command, commit, versions and machine may be other ones now."""
+    run, now = json.loads((run_dir / "run.json").read_text()), describe(args)
+    now = {key: now[key] for key in ("command", "commit", "dirty", "versions", "machine")}
+    run["resumed"] = [*run.get("resumed", []), {"global_step": global_step} | now]
+    write(run_dir / "run.json", json.dumps(run, indent=1).encode())
 
 
 def write(path: Path, data: bytes | dict):
@@ -480,10 +509,9 @@ def evaluate(agent: Agent, env: gym.Env, args: Args, policy: str, global_step: i
 
 def evaluate_run(args: Args) -> Path:
     """Evaluates the run in folder `args.evaluate`, prints the result and writes it there as evaluation.json."""
-    for field in dataclasses.fields(Args):
-        given, own = getattr(args, field.name), field.name in ("evaluate", "eval_episodes", "video", "device")
-        if given != field.default and not own:
-            fail(f"--{field.name.replace('_', '-')} {given}: --evaluate takes it from the run; leave it out")
+    for name, value in given(args).items():
+        if name not in ("evaluate", "eval_episodes", "video", "device"):
+            fail(f"{flag(name)} {value}: --evaluate takes it from the run; leave it out")
     saved, model = load_run("--evaluate", args.evaluate, "model.pt")
     run = dataclasses.replace(saved, eval_episodes=args.eval_episodes, device=args.device)
     configure(run)
@@ -518,16 +546,16 @@ def evaluate_run(args: Args) -> Path:
 def main(args: Args) -> Path:
     """Trains (or resumes, or evaluates) one agent and returns the folder of its run."""
     check(args)
-    if args.evaluate:
+    if args.evaluate is not None:
         return evaluate_run(args)
     run_dir, checkpoint = args.resume, None
-    if args.resume:
+    if args.resume is not None:
         args, checkpoint = resume_run(args)
     elif args.total_timesteps is None:
         args = dataclasses.replace(args, total_timesteps=40_000)
     configure(args)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
-    check_memory(args, env)
+    check_sizes(args, env)
     run_dir = Path(run_dir) if checkpoint else new_run_dir(args)
 
     torch.manual_seed(args.seed)
@@ -545,7 +573,7 @@ def main(args: Args) -> Path:
     obs = np.array(obs, np.float32)
     if checkpoint:
         if not np.array_equal(obs, checkpoint["obs"].numpy()):
-            fail(f"--resume {run_dir}: {args.env_id} does not repeat its own episode, an exact resume is impossible")
+            fail(f"--resume {run_dir}: {args.env_id} does not repeat its own episode, so it cannot go on; start anew")
         agent.load_state_dict(checkpoint["agent"])
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -593,6 +621,8 @@ def main(args: Args) -> Path:
 
     losses = {}
     try:
+        if checkpoint:
+            note_resume(run_dir, args, global_step)
         save()  # from now on the run can be resumed
         while global_step < args.total_timesteps:
             if global_step < args.learning_starts:
@@ -611,6 +641,7 @@ def main(args: Args) -> Path:
                 writer.add_scalar("charts/episodic_length", info["episode"]["l"], global_step)
                 episode, actions = episode + 1, []
                 obs = np.array(env.reset(seed=episode_seed(args.seed, episode))[0], np.float32)
+                progress.set_postfix_str(f"return {info['episode']['r']:.1f}", refresh=False)
 
             if global_step >= args.learning_starts and global_step % args.update_every == 0:
                 batch = buffer.sample(args.batch_size)
@@ -624,23 +655,23 @@ def main(args: Args) -> Path:
             if losses and (global_step % 1000 == 0 or evaluate_now or save_now):
                 metrics = {"charts/SPS": speed}
                 for key, value in (losses | agent.actor.diagnostics(batch.obs)).items():  # a number, or one per expert
-                    metrics |= {key + f"_{k}" * value.ndim: v for k, v in enumerate(value.flatten().tolist())}
+                    names = [f"{key}_{k}" for k in range(len(value))] if value.ndim else [key]
+                    metrics |= dict(zip(names, value.flatten().tolist(), strict=True))
                 for key, value in metrics.items():
                     if not math.isfinite(value):
                         stop(f"{key} is {value}, the training has diverged; {run_dir} keeps its checkpoint", 1)
                     writer.add_scalar(key, value, global_step)
             if evaluate_now:
-                for policy in ("deterministic", "stochastic")[: 1 + last]:
+                for policy in ("deterministic", "stochastic") if last else ("deterministic",):
                     row = evaluate(agent, eval_env, args, policy, global_step)
                     eval_rows.append(row)
-                    text = f"{policy} return {row['return']:.1f}"
-                    for key in ("return", "success"):
-                        if math.isfinite(row[key]):  # not every environment knows success
-                            tag = f"eval/{key}" + "_stochastic" * (policy == "stochastic")
-                            writer.add_scalar(tag, row[key], global_step)
-                            text += f", success {row[key]:.2f}" * (key == "success")
-                    progress.write(f"step {global_step}/{args.total_timesteps}: {text}, {speed:.0f} steps/s")
-                    progress.set_postfix_str(text)
+                    known = {k: row[k] for k in ("return", "success") if math.isfinite(row[k])}  # few know success
+                    for key, value in known.items():
+                        tag = f"eval/{key}" if policy == "deterministic" else f"eval/{key}_stochastic"
+                        writer.add_scalar(tag, value, global_step)
+                    text = ", ".join(f"{key} {value:.2f}" for key, value in known.items())
+                    progress.write(f"step {global_step}/{args.total_timesteps}: {policy} {text}, {speed:.0f} steps/s")
+                sys.stdout.flush()  # it may be a file
                 write_eval(run_dir, eval_rows)
             if save_now:
                 save()

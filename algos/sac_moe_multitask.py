@@ -126,7 +126,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """
     name, _, query = env_id.partition("?")
     try:
-        kwargs = dict(pair.split("=", 1) for pair in query.split("&") if pair)
+        kwargs = {key: value for key, _, value in (pair.partition("=") for pair in query.split("&") if pair)}
         for key, value in kwargs.items():
             try:
                 kwargs[key] = ast.literal_eval(value)  # numbers, booleans, tuples
@@ -134,9 +134,12 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
                 pass  # a plain word stays a string
         env = gym.make(name, **kwargs, **({"render_mode": render_mode} if render_mode else {}))
     except Exception as error:  # whatever the environment's own code raises
-        hint = " (moe_envs: pip install -e . in the repository)" if isinstance(error, ImportError) else ""
-        hint += f" (sets: {', '.join(TASK_SETS)})" * ("-v" not in name)
-        fail(f"--tasks {env_id}: {(str(error).strip() or type(error).__name__).splitlines()[0]}{hint}")
+        hint = "give an id of gymnasium.pprint_registry(), with arguments as id?name=value&name=value"
+        if isinstance(error, ImportError):
+            hint = "install it (moe_envs: pip install -e . in the repository)"
+        elif "-v" not in name:
+            hint += f", or one of the sets: {', '.join(TASK_SETS)}"
+        fail(f"--tasks {env_id}: {(str(error).strip() or type(error).__name__).splitlines()[0]}; {hint}")
     for role, space in (("action", env.action_space), ("observation", env.observation_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             fail(f"--tasks {env_id}: needs a flat Box {role} space such as Pendulum-v1's, this one has {space}")
@@ -547,16 +550,22 @@ def write_moe(run_dir: Path, rows: list[dict]):
 LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
 
 
-def check_memory(args: Args, env: gym.Env):
-    """Exits if the replay buffer, and the copy of it that a checkpoint takes, cannot fit the memory of the device."""
+def check_sizes(args: Args, env: gym.Env):
+    """Exits if nothing would be learned, or if the replay, twice for a checkpoint, cannot fit the device's memory."""
+    if args.total_timesteps < args.learning_starts:
+        fail(f"--total-timesteps {args.total_timesteps}: less than --learning-starts {args.learning_starts}; give more")
     needed = 2 * args.buffer_size * (4 * (env.observation_space.shape[0] + env.action_space.shape[0] + 2) + 8)
     if args.device.startswith("cuda"):
         memory = torch.cuda.get_device_properties(args.device).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+        limit = Path("/sys/fs/cgroup/memory.max")  # a container's
+        if limit.exists() and (text := limit.read_text().strip()).isdigit():
+            memory = min(memory, int(text))
     if needed > memory:
         fit = int(args.buffer_size * memory / needed * 0.8)
-        fail(f"--buffer-size {args.buffer_size}: needs {needed / 1e9:.1f} GB of {memory / 1e9:.1f} GB; {fit} would fit")
+        sizes = f"{needed / 1e9:.1f} GB with a checkpoint's copy of it, of {memory / 1e9:.1f} GB"
+        fail(f"--buffer-size {args.buffer_size}: needs {sizes}; {fit} would fit")
 
 
 # === end shared ===
@@ -564,7 +573,18 @@ def check_memory(args: Args, env: gym.Env):
 SCRIPT = Path(__file__).stem
 
 
-def check(args: Args):
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def given(args: Args) -> dict:
+    """Name -> value of the flags that the command spells out or that are not at their default."""
+    words = {word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv[1:]}
+    values = {field.name: (getattr(args, field.name), field.default) for field in dataclasses.fields(Args)}
+    return {name: value for name, (value, default) in values.items() if value != default or flag(name) in words}
+
+
+def check(args: Args, remedy: str = "--device cpu always works"):
     """Exits with one line naming the flag and the remedy if a value cannot work. Creates nothing."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
@@ -572,14 +592,14 @@ def check(args: Args):
             low, high = LIMITS.get(field.name, (1 if isinstance(value, int) else 1e-9, math.inf))
             if not low <= value <= high or value == math.inf:
                 bounds = f"lie between {low} and {high}" if high < math.inf else f"be at least {low}, and finite"
-                fail(f"--{field.name.replace('_', '-')} {value}: must {bounds}")
-    if args.video and not args.evaluate:
+                fail(f"{flag(field.name)} {value}: must {bounds}")
+    if args.video and args.evaluate is None:
         fail("--video: goes with --evaluate RUN_DIR")
     try:
         assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}; --device cpu always works")
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}; {remedy}")
 
 
 def configure(args: Args):
@@ -600,7 +620,10 @@ def describe(args: Args) -> dict:
             return None
 
     changes = git("status", "--porcelain", "--untracked-files=no")
-    packages = ("torch", "gymnasium", "mujoco", "numpy")
+    if changes == "":
+        changes = git("status", "--porcelain", "--", Path(__file__).name)  # a new script is not tracked yet
+    gpu, packages = args.device.startswith("cuda"), ("torch", "gymnasium", "mujoco", "numpy")
+    chip = torch.cuda.get_device_name(args.device) if gpu else torch.backends.cpu.get_cpu_capability()
     versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
     return {
         "script": SCRIPT,
@@ -609,7 +632,7 @@ def describe(args: Args) -> dict:
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "versions": {"python": platform.python_version(), **dict(sorted(versions.items()))},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
     }
 
 
@@ -629,35 +652,40 @@ def new_run_dir(args: Args) -> Path:
     return run_dir
 
 
-def load_run(flag: str, folder: str, name: str) -> tuple[Args, dict]:
+def load_run(option: str, folder: str, name: str) -> tuple[Args, dict]:
     """Arguments and content of `name` (model.pt or checkpoint.pt) of a saved run, on the CPU."""
     try:
         saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
         if saved["script"] != SCRIPT:
-            fail(f"{flag} {folder}: this run was made by {saved['script']}.py; use that script")
+            fail(f"{option} {folder}: this run was made by {saved['script']}.py; use that script")
         return Args(**saved["args"]), saved
     except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
-        fail(f"{flag} {folder}: no readable {name} there ({type(error).__name__}: {' '.join(str(error).split())[:80]})")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        fail(f"{option} {folder}: no readable {name} there ({reason}); give the folder of a run of this script")
 
 
 def resume_run(args: Args) -> tuple[Args, dict]:
-    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer.
-
-    A flag that has its default value counts as not given.
-    """
+    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer."""
     saved, checkpoint = load_run("--resume", args.resume, "checkpoint.pt")
-    for field in dataclasses.fields(Args):
-        given = getattr(args, field.name)
-        if field.name == "total_timesteps" and given:
-            if given < saved.total_timesteps:
-                fail(f"--total-timesteps {given}: the run has {saved.total_timesteps} and can only become longer")
-            saved = dataclasses.replace(saved, total_timesteps=given)
-        elif field.name != "resume" and given not in (field.default, getattr(saved, field.name)):
-            fail(f"--{field.name.replace('_', '-')} {given}: cannot change in a run that is resumed; leave it out")
+    for name, value in given(args).items():
+        if name == "total_timesteps" and value:
+            if value < saved.total_timesteps:
+                fail(f"--total-timesteps {value}: the run has {saved.total_timesteps} and can only become longer")
+            saved = dataclasses.replace(saved, total_timesteps=value)
+        elif name != "resume" and value != getattr(saved, name):
+            fail(f"{flag(name)} {value}: cannot change in a run that is resumed, it has {getattr(saved, name)}")
     if not os.access(args.resume, os.W_OK):
         fail(f"--resume {args.resume}: cannot write there; copy the folder to where you can")
-    check(saved)
+    check(saved, "a run is resumed on the kind of device that made it")
     return saved, checkpoint
+
+
+def note_resume(run_dir: Path, args: Args, global_step: int):
+    """Adds to run.json with what the run goes on: command, commit, versions and machine may be other ones now."""
+    run, now = json.loads((run_dir / "run.json").read_text()), describe(args)
+    now = {key: now[key] for key in ("command", "commit", "dirty", "versions", "machine")}
+    run["resumed"] = [*run.get("resumed", []), {"global_step": global_step} | now]
+    write(run_dir / "run.json", json.dumps(run, indent=1).encode())
 
 
 def write(path: Path, data: bytes | dict):
@@ -761,10 +789,9 @@ def evaluate(agent, envs: list[gym.Env], args: Args, policy: str, global_step: i
 
 def evaluate_run(args: Args) -> Path:
     """Evaluates the run in folder `args.evaluate` on all its tasks, prints the result and writes evaluation.json."""
-    for field in dataclasses.fields(Args):
-        given, own = getattr(args, field.name), field.name in ("evaluate", "eval_episodes", "video", "device")
-        if given != field.default and not own:
-            fail(f"--{field.name.replace('_', '-')} {given}: --evaluate takes it from the run; leave it out")
+    for name, value in given(args).items():
+        if name not in ("evaluate", "eval_episodes", "video", "device"):
+            fail(f"{flag(name)} {value}: --evaluate takes it from the run; leave it out")
     saved, model = load_run("--evaluate", args.evaluate, "model.pt")
     run = dataclasses.replace(saved, eval_episodes=args.eval_episodes, device=args.device)
     configure(run)
@@ -798,19 +825,19 @@ def evaluate_run(args: Args) -> Path:
 def main(args: Args) -> Path:
     """Trains (or resumes, or evaluates) one agent on all tasks and returns the folder of its run."""
     check(args)
-    if args.evaluate:
+    if args.evaluate is not None:
         return evaluate_run(args)
     run_dir, checkpoint = args.resume, None
-    if args.resume:
-        given = args.total_timesteps
+    if args.resume is not None:
+        steps = args.total_timesteps
         args, checkpoint = resume_run(args)
-        if args.protocol == "continual" and given not in (None, checkpoint["args"]["total_timesteps"]):
-            fail(f"--total-timesteps {given}: the continual schedule divides them among the tasks; start a new run")
+        if args.protocol == "continual" and steps not in (None, checkpoint["args"]["total_timesteps"]):
+            fail(f"--total-timesteps {steps}: the continual schedule divides them among the tasks; start a new run")
     else:
         args = check_tasks(args)
     configure(args)
     envs, eval_envs = make_envs(args.tasks), make_envs(args.tasks)
-    check_memory(args, envs[0])
+    check_sizes(args, envs[0])
     run_dir = Path(run_dir) if checkpoint else new_run_dir(args)
 
     torch.manual_seed(args.seed)
@@ -891,6 +918,8 @@ def main(args: Args) -> Path:
 
     losses = {}
     try:
+        if checkpoint:
+            note_resume(run_dir, args, global_step)
         save()  # from now on the run can be resumed
         while global_step < args.total_timesteps:
             if args.protocol == "multitask":
@@ -915,6 +944,7 @@ def main(args: Args) -> Path:
             actions[task].append(action)
             obs[task], global_step = next_obs, global_step + 1
             if done:
+                progress.set_postfix_str(f"task {task}: return {info['episode']['r']:.1f}", refresh=False)
                 writer.add_scalar(f"charts/episodic_return_{task}", info["episode"]["r"], global_step)
                 writer.add_scalar(f"charts/episodic_length_{task}", info["episode"]["l"], global_step)
                 episodes[task], actions[task] = episodes[task] + 1, []
@@ -933,7 +963,8 @@ def main(args: Args) -> Path:
             if losses and (global_step % 1000 == 0 or evaluate_now or save_now):
                 metrics = {"charts/SPS": speed}
                 for key, value in losses.items():  # a number, or one per task
-                    metrics |= {key + f"_{k}" * value.ndim: v for k, v in enumerate(value.flatten().tolist())}
+                    names = [f"{key}_{k}" for k in range(len(value))] if value.ndim else [key]
+                    metrics |= dict(zip(names, value.flatten().tolist(), strict=True))
                 for key, value in metrics.items():
                     if not math.isfinite(value):
                         stop(f"{key} is {value}, the training has diverged; {run_dir} keeps its checkpoint", 1)
@@ -951,6 +982,7 @@ def main(args: Args) -> Path:
                     if math.isfinite(rows[0]["success"]):
                         text += ", success " + " ".join(f"{row['success']:.2f}" for row in rows)
                     progress.write(f"step {global_step}/{args.total_timesteps}: {text}, {speed:.0f} steps/s")
+                sys.stdout.flush()  # it may be a file
                 for row in (new := measure(agent, buffers, args, global_step)):
                     tag = "/".join(f"{row[key]}" for key in ("network", "metric", "task", "item") if row[key] != "")
                     writer.add_scalar(f"moe/{tag}", row["value"], global_step)

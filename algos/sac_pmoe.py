@@ -5,7 +5,7 @@ Paper   Ren, Li, Ding, Pan and Dong 2021, "Probabilistic Mixture-of-Experts for 
 Policy  pi(a|s) = sum_k w_k(s) N_k(a|s), N_k: a = tanh(u), u ~ N(mu_k(s), sigma_k(s)^2), k ~ Categorical(w(s)).
 
 Run       python algos/sac_pmoe.py                                 # target-reaching
-          python algos/sac_pmoe.py --env-id HalfCheetah-v5 --num-experts 2 --total-timesteps 1000000
+          python algos/sac_pmoe.py --env-id HalfCheetah-v5 --num-experts 2 --learning-starts 5000 --alpha-init 1
 Resume    python algos/sac_pmoe.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash: the same bits
 Evaluate  python algos/sac_pmoe.py --evaluate runs/NAME --video    # deterministic and stochastic return, a GIF
 
@@ -19,13 +19,14 @@ Where this differs from the paper or the authors' code:
 1. Only the best action goes through the critics with gradients; the K-fold pass that finds it has none. Same gradient.
 2. The gate sees detached features, as in the authors' release; their older code did not detach them, and a co-author's
    later scripts feed the raw state. Its loss is the mean over K; an earlier commit of the release sums.
-3. Deterministic evaluation acts by the mean of the likeliest expert (ours); the release draws k ~ w, acts tanh(mu_k).
-4. --selection (ours). The paper picks the best expert by the drawn actions that it then learns from. That raises
-   E[max_k Q(s, a_k)], which grows with every sigma_k, although the agent acts by one draw and not by the best of K: the
-   experts stay wide while the temperature sinks. `means` picks it by Q(s, tanh(mu_k)), `fresh` by draws of its own;
-   neither rewards noise. `draws` is the paper's form: by `means`, which expert is the best is certain in each state, so
-   the gate is a classifier of states. On the default task `means` arrived with 5 of 5 seeds, `draws` with 2 of 4.
-5. The temperature starts at --alpha-init 0.1, not 1 (as in sac.py).
+3. Deterministic evaluation acts by tanh(mu_k) of the expert with the largest weight (ours); the release draws k ~ w.
+4. --selection (ours): what is compared to choose the best expert. `draws`, the paper's form, compares the drawn actions
+   that are then learned from. That raises E[max_k Q(s, a_k)], which grows with every sigma_k, although the agent acts
+   by one draw and not by the best of K: the experts stay wide while the temperature sinks. `fresh` compares other
+   draws, `means` compares tanh(mu_k): then the best expert of a state is certain, and the gate classifies states. On
+   the default task `means` arrived with 5 of 5 seeds, `draws` with 2 of 4.
+5. As in sac.py, the temperature starts at 0.1, not 1, and the first 10,000 steps are random. The default task is not
+   the authors': obstacles cost 10, not 100, and the bonus for speed is 0.3, not 0.1 (ours).
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """
 
@@ -105,7 +106,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """
     name, _, query = env_id.partition("?")
     try:
-        kwargs = dict(pair.split("=", 1) for pair in query.split("&") if pair)
+        kwargs = {key: value for key, _, value in (pair.partition("=") for pair in query.split("&") if pair)}
         for key, value in kwargs.items():
             try:
                 kwargs[key] = ast.literal_eval(value)  # numbers, booleans, tuples
@@ -113,8 +114,10 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
                 pass  # a plain word stays a string
         env = gym.make(name, **kwargs, **({"render_mode": render_mode} if render_mode else {}))
     except Exception as error:  # whatever the environment's own code raises
-        hint = " (moe_envs: pip install -e . in the repository)" if isinstance(error, ImportError) else ""
-        fail(f"--env-id {env_id}: {(str(error).strip() or type(error).__name__).splitlines()[0]}{hint}")
+        hint = "give an id of gymnasium.pprint_registry(), with arguments as id?name=value&name=value"
+        if isinstance(error, ImportError):
+            hint = "install it (moe_envs: pip install -e . in the repository)"
+        fail(f"--env-id {env_id}: {(str(error).strip() or type(error).__name__).splitlines()[0]}; {hint}")
     for role, space in (("action", env.action_space), ("observation", env.observation_space)):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             fail(f"--env-id {env_id}: needs a flat Box {role} space such as Pendulum-v1's, this one has {space}")
@@ -127,7 +130,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
 
 def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
     """Seed of one episode, below 2^32; training seeds lie in the lower half, evaluation seeds in the upper."""
-    return evaluation * 2**31 + (seed * 100_003 + episode) % 2**31
+    return (2**31 if evaluation else 0) + (seed * 100_003 + episode) % 2**31
 
 
 # === end shared ===
@@ -250,14 +253,16 @@ class Actor(nn.Module):
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """obs (B, O) -> mean (B, K, A), log_std (B, K, A), w (B, K)."""
         h = self.trunk(obs)  # (B, H)
-        mean, log_std = self.head(h).view(-1, 2, *self.shape).unbind(1)
+        mean, log_std = self.head(h).view(-1, 2, *self.shape).unbind(1)  # (B, K, A) each
         w = self.gate(h.detach()).softmax(-1)  # the gate's loss does not shape the trunk
         return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX), w
 
     def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (B, O) -> action (B, A) of an expert k ~ w(s), its log-probability under that expert (B,)."""
         mean, log_std, w = self(obs)
-        k = (w / torch.empty_like(w).exponential_()).argmax(1)  # (B,) ~ Categorical(w), as a race of K exponentials
+        k = (w / torch.empty_like(w).exponential_()).argmax(
+            1
+        )  # (B,) ~ Categorical(w); torch.multinomial waits for the GPU
         return tanh_gaussian(pick(mean, k), pick(log_std, k))
 
     def mode(self, obs: torch.Tensor) -> torch.Tensor:
@@ -267,7 +272,7 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Means over the states `obs`; usage is the chance of each expert to act, distance that of the means of two."""
+        """Means over the states `obs`: sigma, chance of each expert to act, distance between two experts' tanh(mu)."""
         mean, log_std, w = self(obs)
         distance = torch.cdist(mean.tanh(), mean.tanh())  # (B, K, K), zero on the diagonal
         return {
@@ -322,12 +327,12 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     critic_loss = (agent.critic(batch.obs, batch.action) - target).square().mean(1).sum()
     descend(critic_loss, agent.critic_optimizer)
 
-    # Best expert: j = argmax_k min_i Q_i(s, a_k); a_k is the drawn action, or tanh(mu_k) where --selection says means
+    # Best expert: j = argmax_k min_i Q_i(s, a_k), where a_k is one draw of each expert, or tanh(mu_k)
     mean, log_std, w = agent.actor(batch.obs)
     action, log_prob = tanh_gaussian(mean, log_std)  # (B, K, A), (B, K)
     with torch.no_grad():
         best = agent.critic(batch.obs, mean.tanh() if args.selection == "means" else action).amin(0).argmax(1)  # (B,)
-    if args.selection == "fresh":
+    if args.selection == "fresh":  # the actor learns from other draws than those that were compared
         action, log_prob = tanh_gaussian(mean, log_std)
     best_log_prob = log_prob.gather(1, best[:, None]).squeeze(1)  # (B,)
 
@@ -362,16 +367,22 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
 LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
 
 
-def check_memory(args: Args, env: gym.Env):
-    """Exits if the replay buffer, and the copy of it that a checkpoint takes, cannot fit the memory of the device."""
+def check_sizes(args: Args, env: gym.Env):
+    """Exits if nothing would be learned, or if the replay, twice for a checkpoint, cannot fit the device's memory."""
+    if args.total_timesteps < args.learning_starts:
+        fail(f"--total-timesteps {args.total_timesteps}: less than --learning-starts {args.learning_starts}; give more")
     needed = 2 * args.buffer_size * (4 * (env.observation_space.shape[0] + env.action_space.shape[0] + 2) + 8)
     if args.device.startswith("cuda"):
         memory = torch.cuda.get_device_properties(args.device).total_memory
     else:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+        limit = Path("/sys/fs/cgroup/memory.max")  # a container's
+        if limit.exists() and (text := limit.read_text().strip()).isdigit():
+            memory = min(memory, int(text))
     if needed > memory:
         fit = int(args.buffer_size * memory / needed * 0.8)
-        fail(f"--buffer-size {args.buffer_size}: needs {needed / 1e9:.1f} GB of {memory / 1e9:.1f} GB; {fit} would fit")
+        sizes = f"{needed / 1e9:.1f} GB with a checkpoint's copy of it, of {memory / 1e9:.1f} GB"
+        fail(f"--buffer-size {args.buffer_size}: needs {sizes}; {fit} would fit")
 
 
 # === end shared ===
@@ -379,7 +390,18 @@ def check_memory(args: Args, env: gym.Env):
 SCRIPT = Path(__file__).stem
 
 
-def check(args: Args):
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def given(args: Args) -> dict:
+    """Name -> value of the flags that the command spells out or that are not at their default."""
+    words = {word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv[1:]}
+    values = {field.name: (getattr(args, field.name), field.default) for field in dataclasses.fields(Args)}
+    return {name: value for name, (value, default) in values.items() if value != default or flag(name) in words}
+
+
+def check(args: Args, remedy: str = "--device cpu always works"):
     """Exits with one line naming the flag and the remedy if a value cannot work. Creates nothing."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
@@ -387,14 +409,14 @@ def check(args: Args):
             low, high = LIMITS.get(field.name, (1 if isinstance(value, int) else 1e-9, math.inf))
             if not low <= value <= high or value == math.inf:
                 bounds = f"lie between {low} and {high}" if high < math.inf else f"be at least {low}, and finite"
-                fail(f"--{field.name.replace('_', '-')} {value}: must {bounds}")
-    if args.video and not args.evaluate:
+                fail(f"{flag(field.name)} {value}: must {bounds}")
+    if args.video and args.evaluate is None:
         fail("--video: goes with --evaluate RUN_DIR")
     try:
         assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}; --device cpu always works")
+        fail(f"--device {args.device}: {str(error).splitlines()[0]}; {remedy}")
 
 
 def configure(args: Args):
@@ -415,7 +437,10 @@ def describe(args: Args) -> dict:
             return None
 
     changes = git("status", "--porcelain", "--untracked-files=no")
-    packages = ("torch", "gymnasium", "mujoco", "numpy")
+    if changes == "":
+        changes = git("status", "--porcelain", "--", Path(__file__).name)  # a new script is not tracked yet
+    gpu, packages = args.device.startswith("cuda"), ("torch", "gymnasium", "mujoco", "numpy")
+    chip = torch.cuda.get_device_name(args.device) if gpu else torch.backends.cpu.get_cpu_capability()
     versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
     return {
         "script": SCRIPT,
@@ -424,7 +449,7 @@ def describe(args: Args) -> dict:
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
         "versions": {"python": platform.python_version(), **dict(sorted(versions.items()))},
-        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
     }
 
 
@@ -444,35 +469,40 @@ def new_run_dir(args: Args) -> Path:
     return run_dir
 
 
-def load_run(flag: str, folder: str, name: str) -> tuple[Args, dict]:
+def load_run(option: str, folder: str, name: str) -> tuple[Args, dict]:
     """Arguments and content of `name` (model.pt or checkpoint.pt) of a saved run, on the CPU."""
     try:
         saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
         if saved["script"] != SCRIPT:
-            fail(f"{flag} {folder}: this run was made by {saved['script']}.py; use that script")
+            fail(f"{option} {folder}: this run was made by {saved['script']}.py; use that script")
         return Args(**saved["args"]), saved
     except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
-        fail(f"{flag} {folder}: no readable {name} there ({type(error).__name__}: {' '.join(str(error).split())[:80]})")
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
+        fail(f"{option} {folder}: no readable {name} there ({reason}); give the folder of a run of this script")
 
 
 def resume_run(args: Args) -> tuple[Args, dict]:
-    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer.
-
-    A flag that has its default value counts as not given.
-    """
+    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer."""
     saved, checkpoint = load_run("--resume", args.resume, "checkpoint.pt")
-    for field in dataclasses.fields(Args):
-        given = getattr(args, field.name)
-        if field.name == "total_timesteps" and given:
-            if given < saved.total_timesteps:
-                fail(f"--total-timesteps {given}: the run has {saved.total_timesteps} and can only become longer")
-            saved = dataclasses.replace(saved, total_timesteps=given)
-        elif field.name != "resume" and given not in (field.default, getattr(saved, field.name)):
-            fail(f"--{field.name.replace('_', '-')} {given}: cannot change in a run that is resumed; leave it out")
+    for name, value in given(args).items():
+        if name == "total_timesteps" and value:
+            if value < saved.total_timesteps:
+                fail(f"--total-timesteps {value}: the run has {saved.total_timesteps} and can only become longer")
+            saved = dataclasses.replace(saved, total_timesteps=value)
+        elif name != "resume" and value != getattr(saved, name):
+            fail(f"{flag(name)} {value}: cannot change in a run that is resumed, it has {getattr(saved, name)}")
     if not os.access(args.resume, os.W_OK):
         fail(f"--resume {args.resume}: cannot write there; copy the folder to where you can")
-    check(saved)
+    check(saved, "a run is resumed on the kind of device that made it")
     return saved, checkpoint
+
+
+def note_resume(run_dir: Path, args: Args, global_step: int):
+    """Adds to run.json with what the run goes on: command, commit, versions and machine may be other ones now."""
+    run, now = json.loads((run_dir / "run.json").read_text()), describe(args)
+    now = {key: now[key] for key in ("command", "commit", "dirty", "versions", "machine")}
+    run["resumed"] = [*run.get("resumed", []), {"global_step": global_step} | now]
+    write(run_dir / "run.json", json.dumps(run, indent=1).encode())
 
 
 def write(path: Path, data: bytes | dict):
@@ -530,10 +560,9 @@ def evaluate(agent: Agent, env: gym.Env, args: Args, policy: str, global_step: i
 
 def evaluate_run(args: Args) -> Path:
     """Evaluates the run in folder `args.evaluate`, prints the result and writes it there as evaluation.json."""
-    for field in dataclasses.fields(Args):
-        given, own = getattr(args, field.name), field.name in ("evaluate", "eval_episodes", "video", "device")
-        if given != field.default and not own:
-            fail(f"--{field.name.replace('_', '-')} {given}: --evaluate takes it from the run; leave it out")
+    for name, value in given(args).items():
+        if name not in ("evaluate", "eval_episodes", "video", "device"):
+            fail(f"{flag(name)} {value}: --evaluate takes it from the run; leave it out")
     saved, model = load_run("--evaluate", args.evaluate, "model.pt")
     run = dataclasses.replace(saved, eval_episodes=args.eval_episodes, device=args.device)
     configure(run)
@@ -568,16 +597,16 @@ def evaluate_run(args: Args) -> Path:
 def main(args: Args) -> Path:
     """Trains (or resumes, or evaluates) one agent and returns the folder of its run."""
     check(args)
-    if args.evaluate:
+    if args.evaluate is not None:
         return evaluate_run(args)
     run_dir, checkpoint = args.resume, None
-    if args.resume:
+    if args.resume is not None:
         args, checkpoint = resume_run(args)
     elif args.total_timesteps is None:
         args = dataclasses.replace(args, total_timesteps=40_000)
     configure(args)
     env, eval_env = make_env(args.env_id), make_env(args.env_id)
-    check_memory(args, env)
+    check_sizes(args, env)
     run_dir = Path(run_dir) if checkpoint else new_run_dir(args)
 
     torch.manual_seed(args.seed)
@@ -595,7 +624,7 @@ def main(args: Args) -> Path:
     obs = np.array(obs, np.float32)
     if checkpoint:
         if not np.array_equal(obs, checkpoint["obs"].numpy()):
-            fail(f"--resume {run_dir}: {args.env_id} does not repeat its own episode, an exact resume is impossible")
+            fail(f"--resume {run_dir}: {args.env_id} does not repeat its own episode, so it cannot go on; start anew")
         agent.load_state_dict(checkpoint["agent"])
         for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -643,6 +672,8 @@ def main(args: Args) -> Path:
 
     losses = {}
     try:
+        if checkpoint:
+            note_resume(run_dir, args, global_step)
         save()  # from now on the run can be resumed
         while global_step < args.total_timesteps:
             if global_step < args.learning_starts:
@@ -661,6 +692,7 @@ def main(args: Args) -> Path:
                 writer.add_scalar("charts/episodic_length", info["episode"]["l"], global_step)
                 episode, actions = episode + 1, []
                 obs = np.array(env.reset(seed=episode_seed(args.seed, episode))[0], np.float32)
+                progress.set_postfix_str(f"return {info['episode']['r']:.1f}", refresh=False)
 
             if global_step >= args.learning_starts and global_step % args.update_every == 0:
                 batch = buffer.sample(args.batch_size)
@@ -674,23 +706,23 @@ def main(args: Args) -> Path:
             if losses and (global_step % 1000 == 0 or evaluate_now or save_now):
                 metrics = {"charts/SPS": speed}
                 for key, value in (losses | agent.actor.diagnostics(batch.obs)).items():  # a number, or one per expert
-                    metrics |= {key + f"_{k}" * value.ndim: v for k, v in enumerate(value.flatten().tolist())}
+                    names = [f"{key}_{k}" for k in range(len(value))] if value.ndim else [key]
+                    metrics |= dict(zip(names, value.flatten().tolist(), strict=True))
                 for key, value in metrics.items():
                     if not math.isfinite(value):
                         stop(f"{key} is {value}, the training has diverged; {run_dir} keeps its checkpoint", 1)
                     writer.add_scalar(key, value, global_step)
             if evaluate_now:
-                for policy in ("deterministic", "stochastic")[: 1 + last]:
+                for policy in ("deterministic", "stochastic") if last else ("deterministic",):
                     row = evaluate(agent, eval_env, args, policy, global_step)
                     eval_rows.append(row)
-                    text = f"{policy} return {row['return']:.1f}"
-                    for key in ("return", "success"):
-                        if math.isfinite(row[key]):  # not every environment knows success
-                            tag = f"eval/{key}" + "_stochastic" * (policy == "stochastic")
-                            writer.add_scalar(tag, row[key], global_step)
-                            text += f", success {row[key]:.2f}" * (key == "success")
-                    progress.write(f"step {global_step}/{args.total_timesteps}: {text}, {speed:.0f} steps/s")
-                    progress.set_postfix_str(text)
+                    known = {k: row[k] for k in ("return", "success") if math.isfinite(row[k])}  # few know success
+                    for key, value in known.items():
+                        tag = f"eval/{key}" if policy == "deterministic" else f"eval/{key}_stochastic"
+                        writer.add_scalar(tag, value, global_step)
+                    text = ", ".join(f"{key} {value:.2f}" for key, value in known.items())
+                    progress.write(f"step {global_step}/{args.total_timesteps}: {policy} {text}, {speed:.0f} steps/s")
+                sys.stdout.flush()  # it may be a file
                 write_eval(run_dir, eval_rows)
             if save_now:
                 save()

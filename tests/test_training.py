@@ -4,6 +4,7 @@ import ast
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -13,6 +14,7 @@ import time
 from dataclasses import fields, replace
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch
 from conftest import ALGOS, MULTITASK, SCRIPTS, load
@@ -51,7 +53,9 @@ def flags(**values) -> list[str]:
 def start(script_name, *arguments, cwd=None, path=ALGOS):
     """The script in a process of its own."""
     command = [sys.executable, str(Path(path) / f"{script_name}.py"), *arguments]
-    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +112,7 @@ def test_updates_start_and_repeat_as_told(sac_script, tmp_path, update_every, up
 
 def test_video(script, tmp_path):
     env_id = "moe_envs:TargetReaching-v0?layout=fixed"
-    run = train(script, tmp_path / "run", env_id=env_id, total_timesteps=20, eval_episodes=1)
+    run = train(script, tmp_path / "run", env_id=env_id, total_timesteps=160, eval_episodes=1)
     script.main(script.Args(evaluate=str(run), eval_episodes=2, video=True))
     assert (run / "video.gif").read_bytes().startswith(b"GIF89a")
 
@@ -126,6 +130,7 @@ def test_resume_after_kill_9_is_exact(script, tmp_path):
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
+    assert "deterministic return" in killed.stdout.read()  # was not left in a buffer
     stopped_at = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["global_step"]
     assert 240 <= stopped_at < settings["total_timesteps"]
     resumed = script.main(script.Args(resume=str(tmp_path / "killed")))  # in this process: it started otherwise too
@@ -171,7 +176,10 @@ def test_finished_run_can_be_made_longer(script, tmp_path):
     whole = train(script, tmp_path / "whole", total_timesteps=242, **changes)
     assert same(model(whole), model(tmp_path / "run"))
     assert (whole / "eval.csv").read_bytes() == (tmp_path / "run" / "eval.csv").read_bytes()
-    assert json.loads((tmp_path / "run" / "run.json").read_text())["args"]["total_timesteps"] == 242
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["args"]["total_timesteps"] == 242
+    (resumed,) = run["resumed"]
+    assert resumed["global_step"] == 220 and resumed["commit"] == run["commit"] and resumed["versions"]
 
 
 def test_divergence_stops_the_run_and_keeps_the_checkpoint(script, tmp_path, capsys):
@@ -216,13 +224,35 @@ def test_killed_before_the_first_checkpoint_the_folder_is_free(script, tmp_path,
     with pytest.raises(ZeroDivisionError):
         train(script, tmp_path / "run")
     monkeypatch.undo()
-    train(script, tmp_path / "run", total_timesteps=20)
+    train(script, tmp_path / "run", total_timesteps=160)
 
 
 def test_it_runs_without_git(script, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    run = json.loads((train(script, tmp_path / "run", total_timesteps=20) / "run.json").read_text())
+    run = json.loads((train(script, tmp_path / "run", total_timesteps=160) / "run.json").read_text())
     assert run["commit"] is None and run["dirty"] is None
+
+
+def test_a_script_that_git_does_not_know_is_dirty(tmp_path):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=x", "-c", "user.email=x", *words], cwd=tmp_path, check=True)
+
+    shutil.copy(ALGOS / "sac.py", tmp_path)
+    git("init", "--quiet")
+    git("commit", "--quiet", "--allow-empty", "--message", "empty")
+    copied = load("sac", tmp_path)
+    assert copied.describe(copied.Args())["dirty"] is True
+    git("add", "sac.py")
+    git("commit", "--quiet", "--message", "the script")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "eval.csv").write_text("")  # other new files do not matter
+    assert copied.describe(copied.Args())["dirty"] is False
+
+
+def test_progress_bar_has_speed_and_the_latest_return(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train(script, tmp_path / "run")
+    assert re.search(r"220/220 .*step/s, return -\d+\.\d\]", capsys.readouterr().err)
 
 
 def test_tensorboard_has_the_curves_and_keeps_them_over_a_resume(script, finished, tmp_path):
@@ -265,15 +295,24 @@ def test_video_that_cannot_be_drawn_is_an_error(script, finished, monkeypatch, c
     assert stop.value.code == 2 and "--video" in capsys.readouterr().err and not (finished / "video.gif").exists()
 
 
-WRONG = {
+class Picture(gym.Env):
+    observation_space, action_space = gym.spaces.Box(0, 1, (2, 2)), gym.spaces.Box(-1, 1, (1,))
+
+
+gym.register("Picture-v0", Picture, max_episode_steps=10)
+
+WRONG = {  # regular expressions: what the error has to say
     "discrete actions": (dict(env_id="CartPole-v1"), "--env-id CartPole-v1"),
-    "image observations": (dict(env_id="CarRacing-v3"), "--env-id CarRacing-v3"),
-    "unknown environment": (dict(env_id="NoSuchEnv-v0"), "--env-id NoSuchEnv-v0"),
+    "image observations": (dict(env_id="Picture-v0"), "--env-id Picture-v0: needs a flat Box observation space"),
+    "unknown environment": (dict(env_id="NoSuchEnv-v0"), "--env-id NoSuchEnv-v0.*gymnasium.pprint_registry"),
     "no time limit": (dict(env_id="Pendulum-v1?max_episode_steps=-1"), "max_episode_steps=1000"),
-    "unknown module": (dict(env_id="no_such_module:Env-v0"), "--env-id no_such_module:Env-v0"),
-    "wrong environment argument": (dict(env_id="moe_envs:TargetReaching-v0?layout=moon"), "layout"),
-    "unknown environment argument": (dict(env_id="moe_envs:TargetReaching-v0?colour=red"), "colour"),
-    "argument without value": (dict(env_id="moe_envs:TargetReaching-v0?layout"), "--env-id"),
+    "unknown module": (dict(env_id="no_such_module:Env-v0"), "--env-id no_such_module:Env-v0.*install it"),
+    "wrong environment argument": (
+        dict(env_id="moe_envs:TargetReaching-v0?layout=moon"),
+        "layout must be one .*random.*moon",
+    ),
+    "unknown environment argument": (dict(env_id="moe_envs:TargetReaching-v0?colour=red"), "colour.*id.name=value"),
+    "argument without value": (dict(env_id="moe_envs:TargetReaching-v0?layout"), "layout .*random.*id.name=value"),
     "no steps": (dict(total_timesteps=0), "--total-timesteps 0"),
     "negative seed": (dict(seed=-1), "--seed -1"),
     "gamma above one": (dict(gamma=1.5), "--gamma 1.5"),
@@ -282,14 +321,23 @@ WRONG = {
     "no cuda here": (dict(device="cuda:99"), "--device cuda:99"),
     "unknown device": (dict(device="abacus"), "--device abacus"),
     "folder below a file": (dict(run_dir="/dev/null/run"), "--run-dir /dev/null/run"),
-    "nothing to resume": (dict(resume="no/such/run"), "--resume no/such/run"),
+    "nothing to resume": (
+        dict(resume="no/such/run"),
+        "--resume no/such/run: no readable checkpoint.pt.*give the folder",
+    ),
+    "resume of an empty variable": (dict(resume=""), "--resume : no readable"),
+    "evaluation of an empty variable": (dict(evaluate=""), "--evaluate takes it from the run"),
     "video without evaluation": (dict(video=True), "--video"),
 }
 WRONG_SAC = {
     "negative batch": (dict(batch_size=-4), "--batch-size -4"),
     "learning rate zero": (dict(q_lr=0.0), "--q-lr 0.0"),
     "learning rate nan": (dict(policy_lr=math.nan), "--policy-lr nan"),
-    "buffer larger than memory": (dict(buffer_size=10**13), "--buffer-size 10000000000000"),
+    "buffer larger than memory": (dict(buffer_size=10**13), "--buffer-size 10000000000000.* would fit"),
+    "random to the end": (
+        dict(total_timesteps=100),
+        "--total-timesteps 100: less than --learning-starts 150; give more",
+    ),
     "learning rate infinite": (dict(q_lr=math.inf), "--q-lr inf"),
 }
 WRONG_PPO = {
@@ -308,7 +356,7 @@ def wrong_input(script, wrong, expected, tmp_path, monkeypatch, capsys):
         script.main(script.Args(**(TINY[family(script)] | wrong)))
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and expected in error, error
+    assert error.count("\n") == 1 and re.search(expected, error), error
     assert not list(tmp_path.iterdir())
 
 
@@ -325,6 +373,17 @@ def test_wrong_input_of_sac(sac_script, tmp_path, name, monkeypatch, capsys):
 @pytest.mark.parametrize("name", WRONG_PPO)
 def test_wrong_input_of_ppo(ppo_script, tmp_path, name, monkeypatch, capsys):
     wrong_input(ppo_script, *WRONG_PPO[name], tmp_path, monkeypatch, capsys)
+
+
+def test_buffer_has_to_fit_a_containers_memory(sac_script, tmp_path, monkeypatch, capsys):
+    limit = tmp_path / "limit"
+    limit.write_text("1000000\n")
+    monkeypatch.setattr(
+        sac_script, "Path", lambda path: limit if str(path).startswith("/sys/fs/cgroup") else Path(path)
+    )
+    with pytest.raises(SystemExit):
+        train(sac_script, tmp_path / "run", buffer_size=100_000)
+    assert "--buffer-size 100000: needs" in capsys.readouterr().err and not (tmp_path / "run").exists()
 
 
 def test_evaluate_takes_the_run_as_it_is(script, finished, capsys):
@@ -353,13 +412,19 @@ def test_run_folder_of_another_run_is_refused(script, finished, capsys):
     assert (finished / "run.json").read_bytes() == before
 
 
-def test_resumed_run_cannot_change(script, finished, capsys):
+def test_resumed_run_cannot_change(script, finished, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         script.main(script.Args(resume=str(finished), gamma=0.5))
     assert stop.value.code == 2 and "--gamma 0.5" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         script.main(script.Args(resume=str(finished), total_timesteps=10))
     assert stop.value.code == 2 and "--total-timesteps 10" in capsys.readouterr().err
+
+    for typed in ("--eval-every", "--eval-every=1000", "--eval_every"):  # the default, but not that of the run
+        monkeypatch.setattr(sys, "argv", [script.SCRIPT, "--resume", str(finished), typed])
+        with pytest.raises(SystemExit) as stop:
+            script.main(script.Args(resume=str(finished)))
+        assert stop.value.code == 2 and f"--eval-every {script.Args.eval_every}: cannot" in capsys.readouterr().err
 
 
 def test_resuming_a_finished_run_changes_nothing(script, finished):
@@ -369,7 +434,7 @@ def test_resuming_a_finished_run_changes_nothing(script, finished):
 
 
 def test_run_of_another_script_is_refused(sac, pmoe, tmp_path, capsys):
-    run = train(sac, tmp_path / "run", total_timesteps=20)
+    run = train(sac, tmp_path / "run", total_timesteps=160)
     for flag in ("resume", "evaluate"):
         with pytest.raises(SystemExit) as stop:
             pmoe.main(replace(pmoe.Args(), **{flag: str(run)}))
