@@ -207,16 +207,18 @@ def start(run_dir: Path, decision: str, command: list[str]) -> subprocess.Popen 
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
 
 
-def draws(run_dir: Path) -> bool:
-    """Whether the run is in the layout that results/plot.py draws flights in."""
-    return run_dir.parts[-3].startswith(TARGET_REACHING)
-
-
-def trajectories(run_dir: Path) -> bool:
-    """Writes the run's trajectories.csv; whether that worked."""
+def extras(run_dir: Path) -> bool:
+    """Writes what results/plot.py draws beside eval.csv, as far as it is missing; whether that worked."""
+    folder, names = REPOSITORY / run_dir, []
+    if any(folder.glob("events.out.tfevents.*")) and not (folder / "moe.csv").exists():
+        names.append("scalars")
+    if run_dir.parts[-3].startswith(TARGET_REACHING) and (folder / "checkpoint.pt").exists():
+        names.append("trajectories")  # of the layout that is drawn
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "results/trajectories.py", str(run_dir)]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment).returncode == 0
+    commands = [
+        [sys.executable, f"results/{name}.py", str(run_dir)] for name in names if not (folder / f"{name}.csv").exists()
+    ]
+    return all(subprocess.run(command, cwd=REPOSITORY, env=environment).returncode == 0 for command in commands)
 
 
 def main() -> int:
@@ -246,9 +248,7 @@ def main() -> int:
             waiting.append(job)
             continue
         log("skip ", run_dir)
-        folder = REPOSITORY / run_dir
-        if draws(run_dir) and (folder / "checkpoint.pt").exists() and not (folder / "trajectories.csv").exists():
-            failed += [] if trajectories(run_dir) else [run_dir]
+        failed += [] if extras(run_dir) else [run_dir]
     try:
         while waiting or running:
             while waiting and len(running) < options.jobs:
@@ -268,7 +268,7 @@ def main() -> int:
                 log(verdict, run_dir, f"{(time.time() - started) / 60:.1f} min, {len(waiting)} waiting")
                 if not good:
                     print(*Path(f"{REPOSITORY / run_dir}.log").read_text().splitlines()[-5:], sep="\n", flush=True)
-                if not good or (draws(run_dir) and not trajectories(run_dir)):
+                if not good or not extras(run_dir):
                     failed.append(run_dir)
     except KeyboardInterrupt:
         log("interrupted: the runs write a checkpoint and stop")

@@ -1,9 +1,10 @@
-"""Writes every figure (results/figures/*.png) and every table (results/README.md) from results/runs; nothing else does.
+"""Writes every figure (results/figures/*.png) and results/README.md from results/runs.
 
 python results/plot.py
 
-Reads run.json, eval.csv and, where there is one, trajectories.csv of each finished run; the labels are the folders
-found. The same runs give the same files, byte for byte. results/findings.md is written by hand and copied in.
+Reads run.json, eval.csv and, where there are, scalars.csv, trajectories.csv and moe.csv of each finished run; the
+labels are the folders found. The same runs give the same files, byte for byte. results/findings.md, with what we make
+of it and the times that results/speed.py printed, is written by hand and copied in.
 """
 
 import csv
@@ -31,11 +32,14 @@ RANDOM_STEPS = "#BBBBBB"
 START, TARGET, TARGET_RADIUS, EDGE = (-4.5, -4.5), (3, 3), 0.5, 5
 OBSTACLES, OBSTACLE_RADIUS = ((-2.5, -2.5), (-3, -0.5), (-0.5, -3)), 0.6
 
+PICTURE = ("TargetReaching-v0-fixed", "sac_pmoe", 5)  # folder, label and seed of the README's picture
+
 NOTES = {
     "TargetReaching-v0-fixed": """
 The layout and the start never change and nothing in the environment is random: the ten deterministic episodes of one
 evaluation are one episode, and a seed's deterministic success is 0 or 1. The return alone misleads: flying about for
-300 steps pays up to 42 without any risk, reaching the target pays 100, an obstacle or the wall costs 10.
+300 steps pays up to 0.3 sqrt(2) 300 = 127 (discounted 42), reaching the target pays 100 beside what was flown on the
+way, an obstacle or the wall costs 10.
 """,
     "HalfCheetah-v5": """
 **Published SAC on HalfCheetah.** None of these rows is at the step count of our runs, so none of them is a target to
@@ -96,6 +100,7 @@ class Run(NamedTuple):
     info: dict  # run.json
     evals: dict[str, np.ndarray]  # policy -> (evaluations, 3): global step, return, success
     trajectories: dict[str, np.ndarray]  # panel -> (rows, 4): episode, step, x, y
+    scalars: dict[str, np.ndarray]  # curve -> (points,); "global_step" is one of them
     moe: list[dict]  # rows of moe.csv, with float global_step and value; only of several tasks
 
 
@@ -121,7 +126,13 @@ def read_run(folder: Path) -> Run:
                 {**row, "global_step": int(row["global_step"]), "value": float(row["value"])}
                 for row in csv.DictReader(file)
             ]
-    arrays = ({k: np.array(v) for k, v in rows.items()} for rows in (evals, trajectories))
+    scalars = {}
+    if (folder / "scalars.csv").exists():
+        with open(folder / "scalars.csv") as file:
+            for row in csv.DictReader(file):
+                for name, value in row.items():
+                    scalars.setdefault(name, []).append(float(value))
+    arrays = ({k: np.array(v) for k, v in rows.items()} for rows in (evals, trajectories, scalars))
     return Run(info["args"]["seed"], info, *arrays, moe)
 
 
@@ -208,25 +219,83 @@ def plot_curves(labels: dict[str, list[Run]], path: Path):
     """
     columns = [(1, "return of an episode", iqm)]
     if all(np.isfinite(final(group, "deterministic", 2)).all() for group in labels.values()):
-        columns.insert(0, (2, "success (share of episodes)", mean))
-    figure, axes = plt.subplots(1, len(columns), figsize=(WIDTH, 3.6), squeeze=False, layout="constrained")
-    for axis, (column, name, statistic) in zip(axes[0], columns, strict=True):
-        for label, look in style(labels).items():
+        columns.insert(0, (2, "success", mean))
+    apart = len(labels) > 3  # a panel for each, with its seeds: bands of more would hide each other
+    shape = (len(columns), len(labels)) if apart else (1, len(columns))
+    size = (WIDTH, 2 * len(columns) + 0.4 if apart else 3.6)
+    figure, axes = plt.subplots(
+        *shape, figsize=size, squeeze=False, sharex=apart, sharey="row" if apart else False, layout="constrained"
+    )
+    for i, (column, name, statistic) in enumerate(columns):
+        for j, (label, look) in enumerate(style(labels).items()):
+            axis = axes[i, j] if apart else axes[0, i]
             steps, values = curve(labels[label], column)
-            low, high = interval(values, statistic)
-            axis.plot(steps / 1000, statistic(values), label=label, markersize=4, **look)
-            axis.fill_between(steps / 1000, low, high, color=look["color"], alpha=0.12, linewidth=0)
-            for edge in (low, high):  # where bands cover each other, their edges still tell them apart
-                axis.plot(steps / 1000, edge, color=look["color"], linewidth=0.7, alpha=0.6)
-        if column == 2:
-            axis.set_ylim(-0.04, 1.04)
-        axis.set_xlim(left=0)
-        axis.set_xlabel("environment steps (thousands)")
-        axis.set_ylabel(name)
-        axis.grid(alpha=0.3)
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=4, frameon=False)
+            band(axis, steps, values, label, look, statistic)
+            if apart:
+                if column == 1:  # the success of a seed only jumps
+                    axis.plot(steps / 1000, values.T, color="k", linewidth=0.4, alpha=0.6)
+                axis.set_title(label if i == 0 else "", fontsize=8)
+            else:  # where bands cover each other, their edges still tell them apart
+                for edge in interval(values, statistic):
+                    axis.plot(steps / 1000, edge, color=look["color"], linewidth=0.7, alpha=0.6)
+            if column == 2:
+                axis.set_ylim(-0.04, 1.04)
+            axis.set_xlim(left=0)
+            axis.tick_params(labelsize=8)
+            axis.grid(alpha=0.3)
+            if i == shape[0] - 1 or not apart:
+                axis.set_xlabel("steps (thousands)", fontsize=8)
+            if j == 0:
+                axis.set_ylabel(name, fontsize=8)
+    if not apart:
+        handles, names = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside upper center", ncols=4, frameon=False)
     save(figure, path)
+
+
+def band(axis, steps: np.ndarray, values: np.ndarray, label: str, look: dict, statistic=iqm):
+    """The statistic of values (n, E) over the seeds and its interval."""
+    low, high = interval(values, statistic)
+    axis.plot(steps / 1000, statistic(values), label=label, markersize=3, **look)
+    axis.fill_between(steps / 1000, low, high, color=look["color"], alpha=0.12, linewidth=0)
+
+
+LOGGED = {  # curve of scalars.csv -> its name here
+    "policy/std": "sigma",
+    "policy/alpha": "temperature",
+    "moe/expert_distance": "distance of two experts",
+    "moe/gate_entropy": "entropy of the gate, nats",
+}
+
+
+def plot_scalars(labels: dict[str, list[Run]], path: Path):
+    """How wide, how warm and how different the experts are over the steps."""
+    names = {k: v for k, v in LOGGED.items() if any(k in group[0].scalars for group in labels.values())}
+    figure, axes = plt.subplots(1, len(names), figsize=(WIDTH, 2.5), squeeze=False, layout="constrained")
+    for axis, (name, title) in zip(axes[0], names.items(), strict=True):
+        for label, look in style(labels).items():
+            if name in labels[label][0].scalars:
+                steps = labels[label][0].scalars["global_step"]
+                values = np.stack([run.scalars[name] for run in labels[label]])
+                band(axis, steps, values, label, {"color": look["color"]})
+        axis.set_title(title, fontsize=8)
+        axis.set_xlabel("steps (thousands)", fontsize=8)
+        axis.set_ylim(bottom=0)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    handles, texts = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside upper center", ncols=6, frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def table_of_scalars(labels: dict[str, list[Run]]) -> list[str]:
+    """The ends of those curves: lowest to highest of the seeds."""
+    lines = ["| at the end | seeds | " + " | ".join(LOGGED.values()) + " |", "|---" * (2 + len(LOGGED)) + "|"]
+    for label, group in labels.items():
+        ends = [sorted(run.scalars[name][-1] for run in group if name in run.scalars) for name in LOGGED]
+        cells = [f"{e[0]:.3f} to {e[-1]:.3f}" if len(e) > 1 else f"{e[0]:.3f}" if e else "-" for e in ends]
+        lines.append(f"| {label} | {len(group)} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def grid(titles: list[str], columns: int):
@@ -273,21 +342,34 @@ def plot_trajectories(labels: dict[str, list[Run]], path: Path):
         panels += [None] * (-len(panels) % columns)
     while panels[-1] is None:
         panels.pop()
-    titles = []
-    for panel in panels:
-        flown = panel and episodes(labels[panel[0]][0].trajectories[panel[1]])
-        titles.append(panel and f"{panel[2]}\n{sum(map(reached, flown))} of {len(flown)} arrive")
+    draw_flights([panel and (panel[2], labels[panel[0]][0].trajectories[panel[1]]) for panel in panels], columns, path)
+
+
+def plot_picture(run: Run, path: Path):
+    """One run: the mixture and each of its experts."""
+    experts = sorted(panel for panel in run.trajectories if panel.startswith("expert_"))
+    panels = [("the mixture", run.trajectories["stochastic"])]
+    panels += [(f"expert {panel[7:]} alone", run.trajectories[panel]) for panel in experts]
+    draw_flights(panels, len(panels), path)
+
+
+def draw_flights(panels: list[tuple[str, np.ndarray] | None], columns: int, path: Path):
+    """A map for each (title, rows of trajectories.csv); an episode ends in a dot in the target, else in a cross."""
+    flights = [panel and episodes(panel[1]) for panel in panels]
+    titles = [
+        panel and f"{panel[0]}\n{sum(map(reached, flown))} of {len(flown)} arrive"
+        for panel, flown in zip(panels, flights, strict=True)
+    ]
     figure, axes = grid(titles, columns)
-    for panel, axis in zip(panels, axes, strict=False):
-        flown = episodes(labels[panel[0]][0].trajectories[panel[1]]) if panel else []
-        for i, episode in enumerate(flown):
+    for flown, axis in zip(flights, axes, strict=False):
+        for i, episode in enumerate(flown or []):
             axis.plot(*episode[:, 2:].T, color=plt.cm.viridis(i / len(flown)), linewidth=0.9)
             axis.plot(*episode[-1, 2:], marker="o" if reached(episode) else "x", color="k", markersize=3, linestyle="")
     save(figure, path)
 
 
 def plot_exploration(labels: dict[str, list[Run]], path: Path):
-    """All seeds of each label: random steps in grey, then the policy's; the title counts the cells the policy saw."""
+    """Some seeds of each label: random steps in grey, then the policy's; the title counts the cells the policy saw."""
     titles = []
     for label, group in labels.items():
         cells = []
@@ -388,13 +470,29 @@ def section(env: str, labels: dict[str, list[Run]], figures: Path) -> list[str]:
         text += "each expert acting alone everywhere, with its own noise. One run of each label, its first seed "
         firsts = ", ".join(map(str, sorted({group[0].seed for group in flown.values()})))
         figure(f"{env}-trajectories", "trajectories", text + f"({firsts}), not a chosen one.")
+    for run in labels.get(PICTURE[1], []) if env == PICTURE[0] else []:
+        if run.seed == PICTURE[2]:
+            plot_picture(run, figures / f"{env}-experts.png")
+            text = f"{PICTURE[1]}, seed {run.seed}, chosen because one of its experts goes round the other side: ten "
+            figure(f"{env}-experts", "one mixture", f"{text}stochastic episodes, and five of each expert alone.")
 
     seen = {k: g for k, g in labels.items() if all("exploration" in run.trajectories for run in g)}
     if seen:
+        shared = set.intersection(*({run.seed for run in group} for group in seen.values()))
+        seen = {label: [run for run in group if run.seed in shared] for label, group in seen.items()}
         plot_exploration(seen, figures / f"{env}-exploration.png")
-        text = "Where the first 20,000 training steps were (every 10th), all seeds of a label together. The percentage "
-        text += "is the share of the 400 cells of side 0.5 in which one run's policy was seen, mean over the seeds. "
+        text = "Where the first 20,000 training steps were (every 10th), the same seeds of each label together: 10,000 "
+        text += "random ones, then the policy's first 10,000. The percentage is the share of the 400 cells of side 0.5 "
+        text += "in which one run's policy was seen, mean over the seeds. "
         figure(f"{env}-exploration", "exploration", text + seeds_of(seen))
+
+    logged = {k: g for k, g in labels.items() if all("policy/std" in run.scalars for run in g)}
+    if any("moe/expert_distance" in group[0].scalars for group in logged.values()):
+        plot_scalars(logged, figures / f"{env}-policies.png")
+        text = "Means over the states of a batch: standard deviation of the policy's or the experts' Gaussians, "
+        text += "temperature, distance between the actions that two experts mean, entropy of the gate. Lines: IQM over "
+        figure(f"{env}-policies", "policies", f"{text}the seeds; bands: 95% bootstrap intervals. {seeds_of(logged)}")
+        drawn.extend([*table_of_scalars(logged), ""])
 
     machines = sorted({run.info["machine"] for run in every})
     versions = sorted({", ".join(f"{k} {v}" for k, v in run.info["versions"].items()) for run in every})
@@ -416,13 +514,6 @@ def measured(run: Run, network: str, metric: str, item: str = "") -> tuple[np.nd
     rows = [r for r in rows if metric == "cosine" or r["task"] == ""]
     steps = sorted({r["global_step"] for r in rows})
     return np.array(steps), np.array([np.mean([r["value"] for r in rows if r["global_step"] == t]) for t in steps])
-
-
-def band(axis, steps: np.ndarray, values: np.ndarray, label: str, look: dict, statistic=iqm):
-    """The statistic of values (n, E) over the seeds and its interval."""
-    low, high = interval(values, statistic)
-    axis.plot(steps / 1000, statistic(values), label=label, markersize=3, **look)
-    axis.fill_between(steps / 1000, low, high, color=look["color"], alpha=0.12, linewidth=0)
 
 
 def panels(rows: int, columns: int, height: float):

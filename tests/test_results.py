@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import load
+from torch.utils.tensorboard import SummaryWriter
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 
@@ -148,7 +149,11 @@ def test_plot_writes_figures_and_a_page_and_repeats_to_the_byte(plot, tmp_path):
     panels = {"stochastic": flight, "exploration": ["0,0,-4.50,-4.50", "1,900,1.00,1.00"]}
     for seed in (1, 2, 10):
         make_run(tmp_path, env="Reach", label="sac", seed=seed, success=float(seed == 1), **panels)
-        make_run(tmp_path, env="Reach", label="mix", seed=seed, success=0.0, **panels, expert_0=flight, expert_1=flight)
+        mix = make_run(
+            tmp_path, env="Reach", label="mix", seed=seed, success=0.0, **panels, expert_0=flight, expert_1=flight
+        )
+        lines = ["global_step,moe/expert_distance,policy/std", "500,0.5,1", f"1000,{seed / 4},0.3", ""]
+        (mix / "scalars.csv").write_text("\n".join(lines))
         make_run(tmp_path, env="Walk", seed=seed)
     make_run(tmp_path, env="Walk", seed=3, step=400)  # not finished
     (tmp_path / "findings.md").write_text("## What we found\n\nNothing.\n")
@@ -158,7 +163,15 @@ def test_plot_writes_figures_and_a_page_and_repeats_to_the_byte(plot, tmp_path):
         return {p.name: p.read_bytes() for p in (*(tmp_path / "figures").iterdir(), tmp_path / "README.md")}
 
     first = write()
-    assert sorted(first) == ["README.md", "Reach-exploration.png", "Reach-trajectories.png", "Reach.png", "Walk.png"]
+    names = [
+        "README.md",
+        "Reach-exploration.png",
+        "Reach-policies.png",
+        "Reach-trajectories.png",
+        "Reach.png",
+        "Walk.png",
+    ]
+    assert sorted(first) == names
     (tmp_path / "figures" / "old.png").touch()  # of a suite that is gone
     assert write() == first
     page = first["README.md"].decode()
@@ -171,6 +184,21 @@ def test_plot_writes_figures_and_a_page_and_repeats_to_the_byte(plot, tmp_path):
     assert cells[7:] == ["-", "-", "100", "1.0", "0123456, 0123456+"]
     assert "Seeds of each label: 1, 2, 10." in page
     assert "| 0.33 [0.00, 1.00] |" in page
+    assert "| mix | 3 | 0.300 to 0.300 | - | 0.250 to 2.500 | - |" in page
+
+
+def test_scalars_of_a_run_that_was_resumed(tmp_path):
+    scalars = load("scalars", RESULTS)
+    for first, last in ((0, 60), (40, 120)):  # the second went back to step 40
+        with SummaryWriter(tmp_path, purge_step=first) as writer:
+            for step in range(first, last):
+                writer.add_scalar("policy/std", step + (0.5 if first else 0), step)
+                writer.add_scalar("losses/actor", 1, step)
+    scalars.main(tmp_path)
+    head, *lines = (tmp_path / "scalars.csv").read_text().splitlines()
+    rows = [tuple(map(float, line.split(","))) for line in lines]
+    assert head == "global_step,policy/std" and len(rows) == scalars.POINTS
+    assert all(value == step + 0.5 * (step >= 40) for step, value in rows) and rows[0][0] == 0 and rows[-1][0] == 119
 
 
 def make_run_of_tasks(root, label, seed, protocol="multitask", experts=True):

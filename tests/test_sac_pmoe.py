@@ -22,9 +22,10 @@ def same_noise(monkeypatch):
     return rewind
 
 
+@pytest.mark.parametrize("selection", ["draws", "means"])
 @pytest.mark.parametrize("primitive_update", ["max", "all"])
-def test_one_expert_is_sac(sac, pmoe, same_noise, primitive_update):
-    args, pmoe_args = sac.Args(), pmoe.Args(num_experts=1, primitive_update=primitive_update, selection="draws")
+def test_one_expert_is_sac(sac, pmoe, same_noise, primitive_update, selection):
+    args, pmoe_args = sac.Args(), pmoe.Args(num_experts=1, primitive_update=primitive_update, selection=selection)
     torch.manual_seed(0)
     one, other = sac.Agent(3, 2, args), pmoe.Agent(3, 2, pmoe_args)
     other.load_state_dict(one.state_dict(), strict=False)  # the gate alone is left
