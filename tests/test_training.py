@@ -219,6 +219,28 @@ def test_full_disk_keeps_the_last_checkpoint(script, finished, tmp_path, monkeyp
     assert same(model(tmp_path / "run"), model(finished))
 
 
+def test_resume_after_a_kill_between_two_files_of_a_checkpoint(script, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
+    (tmp_path / "run" / "model.pt").unlink()
+    (tmp_path / "run" / "checkpoint.pt.tmp").write_bytes(b"half of it")
+    script.main(script.Args(resume=str(tmp_path / "run")))
+    assert same(model(tmp_path / "run"), model(finished)) and not list((tmp_path / "run").glob("*.tmp"))
+
+
+def test_flags_of_the_mixture_make_other_runs(pmoe, tmp_path):
+    variants = [{}, {"primitive_update": "all"}, {"selection": "draws"}, {"selection": "fresh"}]
+    models = [model(train(pmoe, tmp_path / f"{i}", **flags)) for i, flags in enumerate(variants)]
+    assert not any(same(a, b) for i, a in enumerate(models) for b in models[:i])
+
+
+def test_matmul_precision_is_set(script, tmp_path):
+    try:
+        train(script, tmp_path / "run", total_timesteps=160, matmul_precision="medium")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_killed_before_the_first_checkpoint_the_folder_is_free(script, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "Agent", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
