@@ -26,14 +26,17 @@ What differs from ppo.py:
    matrices shrink at both ends.
 4. middle has PerConv tokens by default: each of the 64 cells is a token of 16 channels. An expert is then 16-128-16
    with ReLU, the tokens keep their size and are flattened to 1,024 inputs of the head, as in the code of 2402.08609.
-   Else the token is the sample (PerSamp), and the layer is the baseline's with n experts.
+   The baseline's matrix of 1,024 x 128 is gone: 8 experts have 41,078 parameters per actor, the baseline has 132,854.
+   --tokens persamp: the token is the sample, and the layer is the baseline's with n experts.
 5. Measured at every evaluation: see measure() and moe.csv.
 Where this differs from the papers: one slot per expert where their code has m / n (--slots 8 is that for n = 8, and the
-run takes three to four times as long); padding, the action set, --match-params, the order of phases, and annealing and
-Adam of 2 are ours. PureJaxRL also clips the value loss. Advantages are normalised over a minibatch, all its games
-together, so a game with small rewards has a small part in the actor's gradient. Each expert computes every token, and
-one that is not chosen is weighted 0: nothing is dropped, and no time is saved (topk and hardcoded are slow with PerConv
-tokens, of which a sample has 64: --tokens persamp is for them).
+run takes three to four times as long). With n p slots in all each cell's output is a mean of n p vectors, so at most
+n p - 1 numbers pass for each of the 64 cells: 2 of 16 with three experts. Padding, the action set, --match-params, the
+order of phases, and annealing and Adam of 2 are ours. PureJaxRL also clips the value loss. Advantages are normalised
+over a minibatch, all its games together, so a game with small rewards has a small part in the actor's gradient; the
+gradients of actor and critic are clipped as one vector. Each expert computes every token, and one that is not chosen
+is weighted 0: nothing is dropped, and no time is saved (topk and hardcoded are slow with PerConv tokens, of which a
+sample has 64: --tokens persamp is for them).
 Letters in the shape comments: S steps, N environments, B batch, T tasks, C channels, n experts, E = n or 1 experts of a
 layer, m tokens, d inputs and h outputs of a layer.
 """
@@ -119,7 +122,7 @@ def fail(message: str):
 
 def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
     """Seed of one episode, below 2^32; training seeds lie in the lower half, evaluation seeds in the upper."""
-    return evaluation * 2**31 + (seed * 100_003 + episode) % 2**31
+    return (2**31 if evaluation else 0) + (seed * 100_003 + episode) % 2**31
 
 
 # === shared: schedule ===
@@ -360,7 +363,7 @@ class Batch(NamedTuple):
 
 
 def draw(logits: torch.Tensor) -> torch.Tensor:
-    """logits (B, A) -> action (B,) ~ softmax, as a race of exponentials."""
+    """logits (B, A) -> action (B,) ~ softmax; torch.multinomial waits for the GPU."""
     return (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)
 
 
@@ -472,7 +475,7 @@ def dormant(x: torch.Tensor, tau: float) -> torch.Tensor:
 def effective_rank(x: torch.Tensor, delta: float = 0.01) -> int:
     """Kumar et al. 2021, srank: the least k whose k largest singular values are the share 1 - delta of their sum."""
     shares = torch.linalg.svdvals(x).double().cumsum(0)
-    return int((shares < (1 - delta) * shares[-1]).sum()) + 1
+    return int((shares < (1 - delta) * shares[-1]).sum()) + int(shares[-1] > 0)  # of nothing but zeros: 0
 
 
 def cosines(gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -487,6 +490,35 @@ def gradient(loss: torch.Tensor, module: nn.Module) -> torch.Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
+def entropy_of(w: torch.Tensor) -> torch.Tensor:
+    """Weights w (..., B, n) of n experts -> mean entropy [nats] of a state's weights, scaled to sum to 1."""
+    return torch.special.entr(w / w.sum(-1, keepdim=True)).sum(-1).mean()
+
+
+MOE_COLUMNS = ("global_step", "network", "metric", "task", "item", "value")
+TAUS = (0.025, 0.0)
+
+
+def write_moe(run_dir: Path, rows: list[dict]):
+    """moe.csv, in the form of eval.csv."""
+    lines = [",".join(MOE_COLUMNS)] + [",".join(f"{row[c]}" for c in MOE_COLUMNS) for row in rows]
+    write(run_dir / "moe.csv", "\n".join([*lines, ""]).encode())
+
+
+def log_moe(writer: SummaryWriter, rows: list[dict], args: Args, global_step: int):
+    """What measure() returns as scalars, and each router as a picture: a row per task, a column per expert."""
+    pictures = {}
+    for row in rows:
+        tag = "/".join(f"{row[key]}" for key in ("network", "metric", "task", "item") if row[key] != "")
+        writer.add_scalar(f"moe/{tag}", row["value"], global_step)
+        if row["metric"].startswith("router"):
+            empty = torch.zeros(len(args.tasks), args.num_experts)
+            pictures.setdefault((row["network"], row["metric"]), empty)[row["task"], row["item"]] = row["value"]
+    for (network, metric), weights in pictures.items():
+        picture = weights.repeat_interleave(20, 0).repeat_interleave(20, 1)
+        writer.add_image(f"moe/{network}/{metric}", picture, global_step, dataformats="HW")
+
+
 # === end shared ===
 def count_parameters(moe: MoE, args: Args) -> tuple[int, int]:
     """All parameters, and those that one token needs: an expert of weight 0 is not needed."""
@@ -497,8 +529,6 @@ def count_parameters(moe: MoE, args: Args) -> tuple[int, int]:
     return total, total - round(experts * (1 - share))
 
 
-MOE_COLUMNS = ("global_step", "network", "metric", "task", "item", "value")
-TAUS = (0.025, 0.0)
 PROBE = 4, 128  # games of each task, and their steps, that the networks are measured on
 
 
@@ -509,8 +539,13 @@ def measure(agent: Agent, args: Args, global_step: int) -> list[dict]:
                    on all. Of the convolution a neuron is a channel. A neuron of an expert counts as w_i f_i(x), which
                    is our choice: so an expert without weight is dormant as a whole
     rank, norm     of the penultimate features: what the last layer multiplies by its weights (big: all w_i f_i)
-    router         mean weight of each task (column task) and expert (column item)
-    cosine         between the gradients of two tasks' losses (columns task and item)
+    router         mean weight of each task (column task) and expert (column item); topk: 0 where it is not chosen, so a
+                   row sums to less than 1
+    entropy        mean over a task's states of the entropy of their weights [nats]: 0 is one expert per state. PerConv:
+                   of the mean weights of a state's cells
+    cosine         between the gradients of two tasks' losses (columns task and item); unlike in training, advantages
+                   are normalised within a task
+    parameters     all of them, and those active for one token: what is left without experts of weight 0
     """
     rows = []
 
@@ -543,6 +578,9 @@ def measure(agent: Agent, args: Args, global_step: int) -> list[dict]:
                     for t in range(len(args.tasks)):
                         for expert, value in enumerate(w[batch.task == t].mean(0).tolist()):
                             row(network, key, value, t, expert)
+                        row(network, key.replace("router", "entropy"), entropy_of(w[batch.task == t]), t)
+            for item, number in zip(("total", "active"), count_parameters(moe, args), strict=True):
+                row(network, "parameters", number, item=item)
             losses = [losses_of(agent, part, args)[network == "critic"] for part in parts]
             table = cosines([gradient(loss, moe) for loss in losses]).tolist()
             for j in range(len(parts)):
@@ -551,16 +589,32 @@ def measure(agent: Agent, args: Args, global_step: int) -> list[dict]:
     return rows
 
 
-def write_moe(run_dir: Path, rows: list[dict]):
-    """moe.csv, in the form of eval.csv."""
-    lines = [",".join(MOE_COLUMNS)] + [",".join(f"{row[c]}" for c in MOE_COLUMNS) for row in rows]
-    write(run_dir / "moe.csv", "\n".join([*lines, ""]).encode())
-
-
 LIMITS = {"seed": (0, 2**31), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, math.inf)}  # others: positive
 LIMITS |= {"load_balance": (0, math.inf)}
 
 
+# === shared: mixture checks ===
+def check_mixture(args: Args):
+    """Exits where tasks, experts and routers do not fit together, or where a flag would have no effect."""
+    number, mixed = len(args.tasks), {args.actor_moe, args.critic_moe} - {"baseline"}
+    if args.router == "topk" and args.top_k > args.num_experts:
+        fail(f"--top-k {args.top_k}: there are {args.num_experts} experts; lower it or raise --num-experts")
+    if mixed and args.router == "hardcoded" and args.num_experts < number:
+        fail(f"--num-experts {args.num_experts}: hardcoded routing needs one for each of {number} tasks; raise it")
+    choosing = mixed and args.router == "topk"
+    for name, useless, partner in (
+        ("--top-k", args.top_k != 1 and not choosing, "--router topk and a mixture"),
+        ("--load-balance", args.load_balance and not choosing, "--router topk and a mixture"),
+        ("--match-params", args.match_params and not mixed, "an architecture other than baseline"),
+        ("--cycles", args.cycles != 1 and args.protocol == "multitask", "--protocol continual"),
+    ):
+        if useless:
+            fail(f"{name}: has no effect here, it goes with {partner}; leave it out")
+    if args.match_params and "final" in mixed:
+        fail("--match-params: the last layer's width is given by the task; leave it out or choose another architecture")
+
+
+# === end shared ===
 def check_tasks(args: Args):
     """Exits where tasks, environments and mixture do not fit together."""
     number, steps = len(args.tasks), args.num_envs * args.num_steps
@@ -573,30 +627,19 @@ def check_tasks(args: Args):
         import minatar  # noqa: F401
     except ImportError as error:
         fail(f"--tasks {args.tasks[0]}: the package minatar is missing ({error}); pip install minatar")
-    if args.router == "topk" and args.top_k > args.num_experts:
-        fail(f"--top-k {args.top_k}: there are {args.num_experts} experts; lower it or raise --num-experts")
-    mixed = {args.actor_moe, args.critic_moe} - {"baseline"}
-    if mixed and args.router == "hardcoded" and args.num_experts < number:
-        fail(f"--num-experts {args.num_experts}: hardcoded routing needs one for each of {number} tasks; raise it")
-    for flag, given, partner in (
-        ("--top-k", args.top_k != 1 and args.router != "topk", "--router topk"),
-        ("--load-balance", args.load_balance and args.router != "topk", "--router topk"),
-        ("--match-params", args.match_params and not mixed, "an architecture other than baseline"),
-        (
-            "--slots",
-            args.slots != 1 and (args.router != "softmoe" or "middle" not in mixed or args.tokens == "persamp"),
-            "--router softmoe, the architecture middle and --tokens perconv",
-        ),
-    ):
-        if given:
-            fail(f"{flag}: has no effect here, it goes with {partner}; leave it out")
-    if args.match_params and "final" in mixed:
-        fail("--match-params: the last layer's width is given by the task; leave it out or choose another architecture")
+    check_mixture(args)
+    middle = "middle" in (args.actor_moe, args.critic_moe)
+    if args.tokens == "persamp" and not middle:
+        fail("--tokens persamp: has no effect here, it goes with the architecture middle; leave it out")
+    if args.slots != 1 and (args.router != "softmoe" or not middle or args.tokens == "persamp"):
+        fail("--slots: has no effect here, it goes with --router softmoe, middle and --tokens perconv; leave it out")
+    if args.match_params and middle and args.tokens == "perconv":
+        fail(
+            "--match-params: experts of cells are smaller than the layer they replace; leave it out or --tokens persamp"
+        )
     if args.protocol == "multitask" and args.num_envs % number:
         near = max(args.num_envs // number, 1) * number
         fail(f"--num-envs {args.num_envs}: must be a multiple of the {number} tasks, such as {near}")
-    if args.protocol == "multitask" and args.cycles != 1:
-        fail(f"--cycles {args.cycles}: goes with --protocol continual")
     if steps % args.num_minibatches or steps // args.num_minibatches < 2:
         fail(f"--num-minibatches {args.num_minibatches}: cannot cut the {steps} steps of a rollout into equal parts")
     if args.protocol == "continual" and args.total_timesteps < number * args.cycles * steps:
@@ -656,9 +699,10 @@ def describe(args: Args) -> dict:
     changes = git("status", "--porcelain", "--untracked-files=no")
     if changes == "":
         changes = git("status", "--porcelain", "--", Path(__file__).name)  # a new script is not tracked yet
-    gpu, packages = args.device.startswith("cuda"), ("torch", "gymnasium", "mujoco", "numpy")
+    gpu, packages = args.device.startswith("cuda"), ("torch", "gymnasium", "mujoco", "numpy", "minatar")
     chip = torch.cuda.get_device_name(args.device) if gpu else torch.backends.cpu.get_cpu_capability()
-    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
+    installed = ((d.name.lower(), d.version) for d in importlib.metadata.distributions())
+    versions = {name: version for name, version in installed if name in packages}
     return {
         "script": SCRIPT,
         "command": shlex.join(["python", *sys.argv]),
@@ -872,7 +916,6 @@ def main(args: Args) -> Path:
         run = json.loads((run_dir / "run.json").read_text()) | {"args": model["args"], "global_step": global_step}
         run |= {"wall_time": wall_time, "steps_per_second": global_step / wall_time}
         run["parameters"] = {k: {"total": total, "active": active} for k, (total, active) in parameters.items()}
-        run["versions"]["minatar"] = importlib.metadata.version("minatar")
         write(run_dir / "run.json", json.dumps(run, indent=1).encode())
 
     def stop(reason: str, code: int):
@@ -880,7 +923,7 @@ def main(args: Args) -> Path:
         print(f"{SCRIPT}.py: step {global_step}: {reason}", file=sys.stderr)
         raise SystemExit(code)
 
-    def report(metrics: dict[str, torch.Tensor], episodes: list[tuple[int, float, int]], last: bool):
+    def report(metrics: dict[str, torch.Tensor], episodes: list[tuple[int, float, int]], last: bool, switch: bool):
         """Logs a rollout, and evaluates and measures where that is due."""
         speed = (global_step - start_step) / (time.perf_counter() - started)
         scalars = {"charts/SPS": speed, "charts/learning_rate": agent.optimizer.param_groups[0]["lr"]}
@@ -891,20 +934,19 @@ def main(args: Args) -> Path:
             if not math.isfinite(value):
                 raise FloatingPointError(f"{key} is {value}")
             writer.add_scalar(key, value, global_step)
-        if last or due(args.eval_every, global_step):
-            for policy in ("deterministic", "stochastic")[: 1 + last]:
+        if last or switch or due(args.eval_every, global_step):
+            for policy in ("deterministic", "stochastic") if last else ("deterministic",):
                 rows = evaluate(agent, args, policy, global_step)
                 eval_rows.extend(rows)
                 for row in rows:
-                    tag = "eval/return" + "_stochastic" * (policy == "stochastic")
+                    tag = "eval/return" if policy == "deterministic" else "eval/return_stochastic"
                     writer.add_scalar(f"{tag}_{row['task']}", row["return"], global_step)
                 text = f"{policy} return " + ", ".join(f"{args.tasks[row['task']]} {row['return']:.1f}" for row in rows)
                 progress.write(f"step {global_step}/{args.total_timesteps}: {text}; {speed:.0f} steps/s")
             sys.stdout.flush()  # it may be a file
-            for row in (new := measure(agent, args, global_step)):
-                tag = "/".join(f"{row[key]}" for key in ("network", "metric", "task", "item") if row[key] != "")
-                writer.add_scalar(f"moe/{tag}", row["value"], global_step)
-            moe_rows.extend(new)
+            measured = measure(agent, args, global_step)
+            log_moe(writer, measured, args, global_step)
+            moe_rows.extend(measured)
             write_eval(run_dir, eval_rows)
             write_moe(run_dir, moe_rows)
 
@@ -932,7 +974,8 @@ def main(args: Args) -> Path:
             progress.update(rollout_steps)
 
             last = global_step >= args.total_timesteps
-            report(metrics, episodes, last)
+            switch = args.protocol == "continual" and running_phase(global_step, args) > phase  # what it has learned
+            report(metrics, episodes, last, switch)
             if last or due(args.checkpoint_every, global_step):
                 saved_step = global_step
                 save()

@@ -388,9 +388,10 @@ def describe(args: Args) -> dict:
     changes = git("status", "--porcelain", "--untracked-files=no")
     if changes == "":
         changes = git("status", "--porcelain", "--", Path(__file__).name)  # a new script is not tracked yet
-    gpu, packages = args.device.startswith("cuda"), ("torch", "gymnasium", "mujoco", "numpy")
+    gpu, packages = args.device.startswith("cuda"), ("torch", "gymnasium", "mujoco", "numpy", "minatar")
     chip = torch.cuda.get_device_name(args.device) if gpu else torch.backends.cpu.get_cpu_capability()
-    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
+    installed = ((d.name.lower(), d.version) for d in importlib.metadata.distributions())
+    versions = {name: version for name, version in installed if name in packages}
     return {
         "script": SCRIPT,
         "command": shlex.join(["python", *sys.argv]),

@@ -27,7 +27,7 @@ What differs from sac.py:
 Where this differs from the papers: they do not have SAC; 1 to 3, --match-params and the tasks are ours. Every expert
 computes every sample, and one that is not chosen is weighted 0: nothing is dropped, and no time is saved. Obstacle
 penalty and speed bonus of the layouts, random steps and first temperature are those of sac.py's default task: with an
-obstacle penalty of -100, which is the layouts' own, SAC learns to stand still.
+obstacle penalty of -100, which is the layouts' own, SAC learned to stand still in a first try.
 Letters in the shape comments: B batch, O observation size, A action dimensions, T tasks, n experts, N networks in one
 batch (2 critics or 1 actor), E = n or 1 experts of a layer, d inputs and h outputs of a layer.
 """
@@ -72,7 +72,7 @@ Architecture = Literal["baseline", "middle", "final", "all", "big"]
 
 @dataclasses.dataclass
 class Args:
-    tasks: tuple[str, ...] = ("target-reaching",)  # one of the sets, or environment ids with arguments after "?"
+    tasks: tuple[str, ...] = LAYOUTS  # ids, with arguments after "?", or a name of TASK_SETS, such as target-reaching
     seed: int = 1  # seed of everything random
     total_timesteps: int | None = None  # of all tasks together (default: 160,000; with --resume those of that run)
     run_dir: str | None = None  # folder of this run (default: runs/<tasks>__<script>__s<seed>__<time>)
@@ -106,6 +106,9 @@ class Args:
     top_k: int = 1  # topk: experts per sample
     load_balance: float = 0.0  # topk: weight of Switch's load-balancing loss
     match_params: bool = False  # divide the width of the experts by n (all, big: by its root)
+
+    def __post_init__(self):
+        self.tasks = tuple(env_id for task in self.tasks for env_id in TASK_SETS.get(task, (task,)))
 
     @property
     def env_id(self) -> str:
@@ -157,13 +160,13 @@ def make_envs(tasks: tuple[str, ...]) -> list[gym.Env]:
         for role in ("observation_space", "action_space"):
             first, shape = getattr(envs[0], role).shape, getattr(env, role).shape
             if shape != first:
-                fail(f"--tasks {task}: {role} has shape {shape}, that of {tasks[0]} {first}; they must be equal")
+                fail(f"--tasks {task}: {role} has shape {shape}, that of {tasks[0]} {first}; leave one of them out")
     return envs
 
 
 def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
     """Seed of one episode, below 2^32; training seeds lie in the lower half, evaluation seeds in the upper."""
-    return evaluation * 2**31 + (seed * 100_003 + episode) % 2**31
+    return (2**31 if evaluation else 0) + (seed * 100_003 + episode) % 2**31
 
 
 # === shared: schedule ===
@@ -279,17 +282,17 @@ class MoE(nn.Module):
 
     def __init__(self, networks: int, inputs: int, outputs: int, architecture: str, args: Args, hidden: int = 256):
         super().__init__()
-        self.networks, self.mixed, self.big = networks, self.MIXED[architecture], architecture == "big"
+        mixed, self.networks, self.big = self.MIXED[architecture], networks, architecture == "big"
         share = args.num_experts if architecture == "middle" else math.sqrt(args.num_experts)
         narrow = max(round(hidden / share), 1) if args.match_params else hidden
-        widths = [inputs, *(narrow if layer in self.mixed else hidden for layer in (0, 1)), outputs]
+        widths = [inputs, *(narrow if layer in mixed else hidden for layer in (0, 1)), outputs]
         self.weights, self.biases, self.routers = nn.ParameterList(), nn.ParameterList(), nn.ModuleDict()
         for layer in range(3):
             fan_in, width = widths[layer : layer + 2]
-            experts, bound = args.num_experts if layer in self.mixed else 1, 1 / math.sqrt(fan_in)
+            experts, bound = args.num_experts if layer in mixed else 1, 1 / math.sqrt(fan_in)
             for parameters, rows in ((self.weights, fan_in), (self.biases, 1)):
                 parameters.append(nn.Parameter(torch.empty(networks, experts, rows, width).uniform_(-bound, bound)))
-            if layer in self.mixed and not (self.big and layer):
+            if layer in mixed and not (self.big and layer):
                 self.routers[str(layer)] = Router(networks, fan_in, args)
 
     def forward(self, x: torch.Tensor, task: torch.Tensor, trace: dict | None = None) -> torch.Tensor:
@@ -443,7 +446,7 @@ def update(agent: Agent, batch: Batch, task: torch.Tensor, args: Args) -> dict[s
     }
 
 
-def draw(buffers: list[ReplayBuffer], tasks: list[int], size: int) -> tuple[Batch, torch.Tensor]:
+def draw_batch(buffers: list[ReplayBuffer], tasks: list[int], size: int) -> tuple[Batch, torch.Tensor]:
     """Equal shares of `tasks`, `size` transitions in all, task by task; and the task of each (size,)."""
     batches = [buffers[task].sample(size // len(tasks)) for task in tasks]
     batch = Batch(*(torch.cat(columns) for columns in zip(*batches, strict=True)))
@@ -460,7 +463,7 @@ def dormant(x: torch.Tensor, tau: float) -> torch.Tensor:
 def effective_rank(x: torch.Tensor, delta: float = 0.01) -> int:
     """Kumar et al. 2021, srank: the least k whose k largest singular values are the share 1 - delta of their sum."""
     shares = torch.linalg.svdvals(x).double().cumsum(0)
-    return int((shares < (1 - delta) * shares[-1]).sum()) + 1
+    return int((shares < (1 - delta) * shares[-1]).sum()) + int(shares[-1] > 0)  # of nothing but zeros: 0
 
 
 def cosines(gradients: list[torch.Tensor]) -> torch.Tensor:
@@ -475,6 +478,35 @@ def gradient(loss: torch.Tensor, module: nn.Module) -> torch.Tensor:
     return torch.cat([part.flatten() for part in parts])
 
 
+def entropy_of(w: torch.Tensor) -> torch.Tensor:
+    """Weights w (..., B, n) of n experts -> mean entropy [nats] of a state's weights, scaled to sum to 1."""
+    return torch.special.entr(w / w.sum(-1, keepdim=True)).sum(-1).mean()
+
+
+MOE_COLUMNS = ("global_step", "network", "metric", "task", "item", "value")
+TAUS = (0.025, 0.0)
+
+
+def write_moe(run_dir: Path, rows: list[dict]):
+    """moe.csv, in the form of eval.csv."""
+    lines = [",".join(MOE_COLUMNS)] + [",".join(f"{row[c]}" for c in MOE_COLUMNS) for row in rows]
+    write(run_dir / "moe.csv", "\n".join([*lines, ""]).encode())
+
+
+def log_moe(writer: SummaryWriter, rows: list[dict], args: Args, global_step: int):
+    """What measure() returns as scalars, and each router as a picture: a row per task, a column per expert."""
+    pictures = {}
+    for row in rows:
+        tag = "/".join(f"{row[key]}" for key in ("network", "metric", "task", "item") if row[key] != "")
+        writer.add_scalar(f"moe/{tag}", row["value"], global_step)
+        if row["metric"].startswith("router"):
+            empty = torch.zeros(len(args.tasks), args.num_experts)
+            pictures.setdefault((row["network"], row["metric"]), empty)[row["task"], row["item"]] = row["value"]
+    for (network, metric), weights in pictures.items():
+        picture = weights.repeat_interleave(20, 0).repeat_interleave(20, 1)
+        writer.add_image(f"moe/{network}/{metric}", picture, global_step, dataformats="HW")
+
+
 # === end shared ===
 def count_parameters(moe: MoE, args: Args) -> tuple[int, int]:
     """All parameters, and those that one sample needs: an expert of weight 0 is not needed."""
@@ -484,8 +516,6 @@ def count_parameters(moe: MoE, args: Args) -> tuple[int, int]:
     return total, total - round(experts * (1 - share))
 
 
-MOE_COLUMNS = ("global_step", "network", "metric", "task", "item", "value")
-TAUS = (0.025, 0.0)
 SAMPLES = 1024  # states that the networks are measured on, all tasks together; a rank cannot be higher
 
 
@@ -496,8 +526,11 @@ def measure(agent: Agent, buffers: list[ReplayBuffer], args: Args, global_step: 
                    on all. A neuron of an expert counts as w_i f_i(x), which is our choice: so an expert without weight
                    is dormant as a whole
     rank, norm     of the penultimate features: what the last layer multiplies by its weights (big: all w_i f_i)
-    router         mean weight of each task (column task) and expert (column item)
-    cosine         between the gradients of two tasks' losses (columns task and item)
+    router         mean weight of each task (column task) and expert (column item); topk: 0 where it is not chosen, so a
+                   row sums to less than 1
+    entropy        mean over a task's states of the entropy of their weights [nats]: 0 is one expert per state
+    cosine         between the gradients of two tasks' losses (columns task and item), with new draws of actions
+    parameters     all of them, and those active for one sample: what is left without experts of weight 0
     The two critics' numbers are averaged.
     """
     rows = []
@@ -509,7 +542,7 @@ def measure(agent: Agent, buffers: list[ReplayBuffer], args: Args, global_step: 
     seen = [task for task, buffer in enumerate(buffers) if buffer.count]
     with torch.random.fork_rng([args.device] if args.device.startswith("cuda") else []):
         torch.manual_seed(args.seed)
-        batch, task = draw(buffers, seen, SAMPLES // len(seen) * len(seen))
+        batch, task = draw_batch(buffers, seen, SAMPLES // len(seen) * len(seen))
         traces = {"critic": {}, "actor": {}}
         with torch.no_grad():
             agent.critic(batch.obs, batch.action, task, traces["critic"])
@@ -529,6 +562,11 @@ def measure(agent: Agent, buffers: list[ReplayBuffer], args: Args, global_step: 
                     for t in seen:
                         for expert, value in enumerate(w[:, task == t].mean((0, 1)).tolist()):
                             row(network, key, value, t, expert)
+                        row(network, key.replace("router", "entropy"), entropy_of(w[:, task == t]), t)
+            for item, number in zip(
+                ("total", "active"), count_parameters(getattr(agent, network).moe, args), strict=True
+            ):
+                row(network, "parameters", number, item=item)
         parts = [(Batch(*(x[task == t] for x in batch)), task[task == t]) for t in seen]
         critic = [gradient(critic_loss_of(agent, *part, args), agent.critic) for part in parts]
         actor = [gradient(actor_loss_of(agent, *part, args)[0], agent.actor) for part in parts]
@@ -538,12 +576,6 @@ def measure(agent: Agent, buffers: list[ReplayBuffer], args: Args, global_step: 
                 for i, first in enumerate(seen[:j]):
                     row(network, "cosine", table[i][j], first, second)
     return rows
-
-
-def write_moe(run_dir: Path, rows: list[dict]):
-    """moe.csv, in the form of eval.csv."""
-    lines = [",".join(MOE_COLUMNS)] + [",".join(f"{row[c]}" for c in MOE_COLUMNS) for row in rows]
-    write(run_dir / "moe.csv", "\n".join([*lines, ""]).encode())
 
 
 # === shared: sac checks ===
@@ -622,9 +654,10 @@ def describe(args: Args) -> dict:
     changes = git("status", "--porcelain", "--untracked-files=no")
     if changes == "":
         changes = git("status", "--porcelain", "--", Path(__file__).name)  # a new script is not tracked yet
-    gpu, packages = args.device.startswith("cuda"), ("torch", "gymnasium", "mujoco", "numpy")
+    gpu, packages = args.device.startswith("cuda"), ("torch", "gymnasium", "mujoco", "numpy", "minatar")
     chip = torch.cuda.get_device_name(args.device) if gpu else torch.backends.cpu.get_cpu_capability()
-    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in packages}
+    installed = ((d.name.lower(), d.version) for d in importlib.metadata.distributions())
+    versions = {name: version for name, version in installed if name in packages}
     return {
         "script": SCRIPT,
         "command": shlex.join(["python", *sys.argv]),
@@ -712,35 +745,41 @@ def write_eval(run_dir: Path, rows: list[dict]):
 LIMITS |= {"load_balance": (0, math.inf)}
 
 
+# === shared: mixture checks ===
+def check_mixture(args: Args):
+    """Exits where tasks, experts and routers do not fit together, or where a flag would have no effect."""
+    number, mixed = len(args.tasks), {args.actor_moe, args.critic_moe} - {"baseline"}
+    if args.router == "topk" and args.top_k > args.num_experts:
+        fail(f"--top-k {args.top_k}: there are {args.num_experts} experts; lower it or raise --num-experts")
+    if mixed and args.router == "hardcoded" and args.num_experts < number:
+        fail(f"--num-experts {args.num_experts}: hardcoded routing needs one for each of {number} tasks; raise it")
+    choosing = mixed and args.router == "topk"
+    for name, useless, partner in (
+        ("--top-k", args.top_k != 1 and not choosing, "--router topk and a mixture"),
+        ("--load-balance", args.load_balance and not choosing, "--router topk and a mixture"),
+        ("--match-params", args.match_params and not mixed, "an architecture other than baseline"),
+        ("--cycles", args.cycles != 1 and args.protocol == "multitask", "--protocol continual"),
+    ):
+        if useless:
+            fail(f"{name}: has no effect here, it goes with {partner}; leave it out")
+    if args.match_params and "final" in mixed:
+        fail("--match-params: the last layer's width is given by the task; leave it out or choose another architecture")
+
+
+# === end shared ===
 def check_tasks(args: Args) -> Args:
-    """The arguments with the named sets of tasks spelt out; exits where tasks and mixture do not fit together."""
-    args = dataclasses.replace(
-        args, tasks=tuple(env_id for task in args.tasks for env_id in TASK_SETS.get(task, (task,)))
-    )
+    """The arguments with a number of steps; exits where tasks, replay and steps do not fit together."""
     number = len(args.tasks)
     if not number:
         fail(f"--tasks: needs at least one environment, or one of {', '.join(TASK_SETS)}")
-    if args.router == "topk" and args.top_k > args.num_experts:
-        fail(f"--top-k {args.top_k}: there are {args.num_experts} experts; lower it or raise --num-experts")
-    mixed = {args.actor_moe, args.critic_moe} - {"baseline"}
-    if mixed and args.router == "hardcoded" and args.num_experts < number:
-        fail(f"--num-experts {args.num_experts}: hardcoded routing needs one for each of {number} tasks; raise it")
-    for flag, given, partner in (
-        ("--top-k", args.top_k != 1 and args.router != "topk", "--router topk"),
-        ("--load-balance", args.load_balance and args.router != "topk", "--router topk"),
-        ("--match-params", args.match_params and not mixed, "an architecture other than baseline"),
-    ):
-        if given:
-            fail(f"{flag}: has no effect here, it goes with {partner}; leave it out")
-    if args.match_params and "final" in mixed:
-        fail("--match-params: the last layer's width is given by the task; leave it out or choose another architecture")
+    if len(set(args.tasks)) < number:
+        fail(f"--tasks {' '.join(args.tasks)}: each only once, please")
+    check_mixture(args)
     if args.protocol == "multitask" and args.batch_size % number:
         size = max(args.batch_size // number, 1) * number
         fail(f"--batch-size {args.batch_size}: must be a multiple of the {number} tasks, such as {size}")
     if args.buffer_size < 2 * number:
         fail(f"--buffer-size {args.buffer_size}: too small for {number} tasks; give at least {2 * number}")
-    if args.protocol == "multitask" and args.cycles != 1:
-        fail(f"--cycles {args.cycles}: goes with --protocol continual")
     if args.total_timesteps is None:
         args = dataclasses.replace(args, total_timesteps=160_000)
     if args.protocol == "continual" and args.total_timesteps < number * args.cycles:
@@ -846,8 +885,8 @@ def main(args: Args) -> Path:
     agent = Agent(obs_dim, action_dim, args)
     rows = args.buffer_size // number + 1
     buffers = [ReplayBuffer(rows, obs_dim, action_dim, torch.device(args.device)) for _ in tasks]
-    before = checkpoint or {"global_step": 0, "eval_rows": [], "moe_rows": [], "wall_time": 0.0}
-    before = {"episodes": [0] * number, "actions": [[] for _ in tasks]} | before
+    before = {"global_step": 0, "eval_rows": [], "moe_rows": [], "wall_time": 0.0}
+    before |= {"episodes": [0] * number, "actions": [[] for _ in tasks]} | (checkpoint or {})
     start_step, episodes, actions, eval_rows, moe_rows, earlier_time = (
         before[key] for key in ("global_step", "episodes", "actions", "eval_rows", "moe_rows", "wall_time")
     )
@@ -923,16 +962,17 @@ def main(args: Args) -> Path:
         save()  # from now on the run can be resumed
         while global_step < args.total_timesteps:
             if args.protocol == "multitask":
-                task, learned, fresh = global_step % number, list(tasks), global_step // number
+                task, learned, task_steps = global_step % number, list(tasks), global_step // number
             else:
                 phase = running_phase(global_step, args)
                 if phase and phase != running_phase(global_step - 1, args):
                     for optimizer in agent.optimizers:
                         optimizer.state.clear()
                 task, learned = phase % number, [phase % number]
-                fresh = global_step - math.ceil(phase * args.total_timesteps / (number * args.cycles))
-                fresh += args.learning_starts * (phase >= number)  # the task is not new any more
-            if fresh < args.learning_starts:
+                task_steps = global_step - math.ceil(phase * args.total_timesteps / (number * args.cycles))
+                if phase >= number:  # the task comes back, and needs no random steps
+                    task_steps += args.learning_starts
+            if task_steps < args.learning_starts:
                 action = torch.rand(action_dim).mul(2).sub(1).numpy()
             else:
                 action = act(lambda *inputs: agent.actor.sample(*inputs)[0], obs[task], task, args.device)
@@ -951,13 +991,18 @@ def main(args: Args) -> Path:
                 seed = episode_seed(args.seed, episodes[task] * number + task)
                 obs[task] = np.array(envs[task].reset(seed=seed)[0], np.float32)
 
-            if fresh + 1 >= args.learning_starts and global_step >= number and global_step % args.update_every == 0:
-                batch, task_of = draw(buffers, learned, args.batch_size)
+            if (
+                task_steps + 1 >= args.learning_starts
+                and global_step >= number
+                and global_step % args.update_every == 0
+            ):
+                batch, task_of = draw_batch(buffers, learned, args.batch_size)
                 losses = update(agent, batch, task_of, args)
             progress.update()
 
             last, interrupted = global_step == args.total_timesteps, bool(signals)
-            evaluate_now = last or global_step % args.eval_every == 0
+            switch = args.protocol == "continual" and running_phase(global_step, args) > phase  # what it has learned
+            evaluate_now = last or switch or global_step % args.eval_every == 0
             save_now = interrupted or global_step % args.checkpoint_every == 0
             speed = (global_step - start_step) / (time.perf_counter() - started)
             if losses and (global_step % 1000 == 0 or evaluate_now or save_now):
@@ -970,23 +1015,20 @@ def main(args: Args) -> Path:
                         stop(f"{key} is {value}, the training has diverged; {run_dir} keeps its checkpoint", 1)
                     writer.add_scalar(key, value, global_step)
             if evaluate_now:
-                for policy in ("deterministic", "stochastic")[: 1 + last]:
-                    rows = evaluate(agent, eval_envs, args, policy, global_step)
+                for policy in ("deterministic", "stochastic") if last else ("deterministic",):
+                    rows, text = evaluate(agent, eval_envs, args, policy, global_step), policy
                     eval_rows += rows
-                    for row in rows:
-                        for key in ("return", "success"):
-                            if math.isfinite(row[key]):  # not every environment knows success
-                                tag = f"eval/{key}" + "_stochastic" * (policy == "stochastic")
-                                writer.add_scalar(f"{tag}_{row['task']}", row[key], global_step)
-                    text = f"{policy} return " + " ".join(f"{row['return']:.1f}" for row in rows)
-                    if math.isfinite(rows[0]["success"]):
-                        text += ", success " + " ".join(f"{row['success']:.2f}" for row in rows)
+                    for key in ("return", "success"):
+                        known = {row["task"]: row[key] for row in rows if math.isfinite(row[key])}  # few know success
+                        for task_of_row, value in known.items():
+                            tag = f"eval/{key}" if policy == "deterministic" else f"eval/{key}_stochastic"
+                            writer.add_scalar(f"{tag}_{task_of_row}", value, global_step)
+                        text += f" {key} " * bool(known) + " ".join(f"{value:.2f}" for value in known.values())
                     progress.write(f"step {global_step}/{args.total_timesteps}: {text}, {speed:.0f} steps/s")
                 sys.stdout.flush()  # it may be a file
-                for row in (new := measure(agent, buffers, args, global_step)):
-                    tag = "/".join(f"{row[key]}" for key in ("network", "metric", "task", "item") if row[key] != "")
-                    writer.add_scalar(f"moe/{tag}", row["value"], global_step)
-                moe_rows += new
+                measured = measure(agent, buffers, args, global_step)
+                log_moe(writer, measured, args, global_step)
+                moe_rows += measured
                 write_eval(run_dir, eval_rows)
                 write_moe(run_dir, moe_rows)
             if save_now:

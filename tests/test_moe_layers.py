@@ -209,6 +209,13 @@ def test_effective_rank_by_hand(either):
     q, _ = torch.linalg.qr(torch.randn(20, 5))
     for values, rank in (([1, 1, 1, 1, 1], 5), ([98.5, 1, 0.4, 0.1, 0], 2), ([99.5, 0.2, 0.2, 0.1, 0], 1)):
         assert either.effective_rank(q * torch.tensor(values)) == rank
+    assert either.effective_rank(torch.zeros(20, 5)) == 0
+
+
+def test_entropy_of_weights_by_hand(either):
+    w = torch.tensor([[0.25, 0.25, 0.25, 0.25], [0.0, 0.3, 0.1, 0.0]])  # the second of top-2, which do not sum to 1
+    expected = (math.log(4) - 0.75 * math.log(0.75) - 0.25 * math.log(0.25)) / 2
+    assert either.entropy_of(w).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_cosines_by_hand(either):
@@ -252,12 +259,15 @@ def test_measure_of_sac_on_made_networks(sac_moe):
     assert total == pytest.approx((0.25 * 256 + 0.5 * 1024) / 1280, abs=0.01)
     assert value_of(rows, network="actor", metric="router2", task=1, item=1) == 1.0
     assert value_of(rows, network="critic", metric="router2", task=0, item=1) == 0.0
+    assert value_of(rows, network="critic", metric="entropy2", task=0) == 0.0
+    counts = [value_of(rows, network="critic", metric="parameters", item=item) for item in ("total", "active")]
+    assert tuple(counts) == sac_moe.count_parameters(agent.critic.moe, args)
     for network_name in ("actor", "critic"):
         assert -1 <= value_of(rows, network=network_name, metric="cosine", task=0, item=1) <= 1
 
 
 def test_measure_of_sac_sees_equal_and_opposite_tasks(sac_moe):
-    """The critic's gradients of two equal tasks have the cosine 1."""
+    """The critic's gradients of two equal tasks have the cosine 1; with the error's other sign it is -1."""
     args = sac_args(sac_moe, "baseline", tasks=2, task_id=False, gamma=0.0)
     agent, buffers = fill(sac_moe, args, steps=1)
     buffers[1].load_state_dict(buffers[0].state_dict())
@@ -267,6 +277,13 @@ def test_measure_of_sac_sees_equal_and_opposite_tasks(sac_moe):
     trace = {}
     agent.actor.moe(buffers[0].obs[:1], torch.zeros(1, dtype=torch.long), trace)
     assert value_of(rows, network="actor", metric="norm") == pytest.approx(trace["features"].norm().item(), rel=1e-4)
+    for parameter in agent.critic.parameters():
+        parameter.data[1] = parameter.data[0]  # both critics alike, so that one reward mirrors the error of either
+    data = buffers[0]
+    q = agent.critic(data.obs[:1], data.action[:1], torch.zeros(1, dtype=torch.long))[0, 0].item()
+    buffers[1].reward[0] = 2 * q - data.reward[0]
+    rows = sac_moe.measure(agent, buffers, args, 0)
+    assert value_of(rows, network="critic", metric="cosine", task=0, item=1) == pytest.approx(-1.0, abs=1e-4)
 
 
 def test_measure_of_ppo_on_a_made_network(ppo_moe, monkeypatch):
@@ -284,6 +301,9 @@ def test_measure_of_ppo_on_a_made_network(ppo_moe, monkeypatch):
         for task, share in (("", 0.5), (0, 0.75), (1, 0.75)):  # two experts of four, of each task one
             assert value_of(rows, network="actor", metric="dormant_0.025", item=item, task=task) == share
     assert value_of(rows, network="critic", metric="router1", task=1, item=1) == 1.0
+    assert value_of(rows, network="critic", metric="entropy1", task=1) == 0.0
+    counts = [value_of(rows, network="actor", metric="parameters", item=item) for item in ("total", "active")]
+    assert tuple(counts) == ppo_moe.count_parameters(agent.actor, args)
     assert value_of(rows, network="actor", metric="cosine", task=0, item=1) == 0.0  # no parameter in common
     assert rows == ppo_moe.measure(agent, args, 5)
 
@@ -321,6 +341,7 @@ def test_parameters_are_counted(sac_moe, ppo_moe):
         ("baseline", (1, 1, 1)),
         ("middle", (1, 3, 1)),
         ("final", (1, 1, 3)),
+        ("all", (3, 3, 3)),
         ("big", (3, 3, 3)),
     ):
         layers = 6 * 256, 257 * 256, 257 * 4
@@ -329,7 +350,7 @@ def test_parameters_are_counted(sac_moe, ppo_moe):
         args = sac_args(sac_moe, router="hardcoded", num_experts=3)
         assert sac_moe.count_parameters(sac_moe.MoE(1, 5, 4, architecture, args), args) == (total, active)
         assert sac_moe.count_parameters(sac_moe.MoE(2, 5, 4, architecture, args), args) == (2 * total, 2 * active)
-        routing = 3 * {"baseline": 0, "middle": 256, "final": 256, "big": 5}[architecture]
+        routing = 3 * {"baseline": 0, "middle": 256, "final": 256, "all": 517, "big": 5}[architecture]
         args = sac_args(sac_moe, router="topk", num_experts=3)
         moe = sac_moe.MoE(1, 5, 4, architecture, args)
         assert sac_moe.count_parameters(moe, args) == (total + routing, active + routing)
@@ -389,7 +410,7 @@ def test_one_task_without_experts_is_sac(sac, sac_moe):
 def test_each_task_has_its_own_temperature(sac_moe):
     args = sac_args(sac_moe, tasks=3)
     agent, buffers = fill(sac_moe, args)
-    batch, task = sac_moe.draw(buffers, [1], 16)
+    batch, task = sac_moe.draw_batch(buffers, [1], 16)
     sac_moe.update(agent, batch, task, args)
     start = math.log(args.alpha_init)
     assert agent.log_alpha[[0, 2]].tolist() == pytest.approx([start, start])
@@ -400,7 +421,7 @@ def test_losses_use_the_temperature_of_each_task_and_the_load_balance(sac_moe):
     args = sac_args(sac_moe, tasks=2, router="topk", load_balance=3.0)
     agent, buffers = fill(sac_moe, args)
     agent.log_alpha.data = torch.tensor([0.1, 0.7]).log()
-    batch, task = sac_moe.draw(buffers, [0, 1], 8)
+    batch, task = sac_moe.draw_batch(buffers, [0, 1], 8)
     alpha = torch.tensor([0.1] * 4 + [0.7] * 4)
     torch.manual_seed(4)
     critic_loss = sac_moe.critic_loss_of(agent, batch, task, args)
@@ -423,7 +444,7 @@ def test_batches_have_equal_shares(sac_moe):
     _, buffers = fill(sac_moe, sac_args(sac_moe, tasks=3), steps=5)
     for i, buffer in enumerate(buffers):
         buffer.reward.fill_(i)
-    batch, task = sac_moe.draw(buffers, [0, 1, 2], 12)
+    batch, task = sac_moe.draw_batch(buffers, [0, 1, 2], 12)
     assert task.tolist() == [0] * 4 + [1] * 4 + [2] * 4 and batch.reward.tolist() == task.tolist()
 
 

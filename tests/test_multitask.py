@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -12,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import ALGOS, MULTITASK, load
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_training import flags, model, same, start
 
 pytest.importorskip("minatar")
@@ -86,13 +88,38 @@ def test_files_of_a_run(module, finished):
         assert len(weights) == 8 and sum(weights) == pytest.approx(4, abs=1e-4)  # 2 evaluations, tasks, experts
         counted = sum(p.numel() for key, p in model(finished).items() if key.startswith(f"{network}."))
         assert run["parameters"][network] == {"total": counted, "active": counted}
+    router = {"sac_moe_multitask": "router1", "ppo_moe_multitask": "router2"}[module.SCRIPT]
+    events = EventAccumulator(str(finished)).Reload()
+    assert sorted(events.Tags()["images"]) == [f"moe/{network}/{router}" for network in ("actor", "critic")]
+    assert run["versions"]["minatar"]
+
+
+def test_printed_counts_are_those_of_the_networks(module, tmp_path, capsys):
+    """Two experts, one chosen: half of what has a leading 2 is active, in big everything but the router."""
+    run = train(module, tmp_path / "run", actor_moe="big", critic_moe="big", router="topk", eval_episodes=1)
+    printed = re.findall(r"(actor|critic): ([\d,]+) parameters, ([\d,]+) active", capsys.readouterr().out)
+    assert [network for network, *_ in printed] == ["actor", "critic"]
+    for network, *counts in printed:
+        mine = {key: p.numel() for key, p in model(run).items() if key.startswith(f"{network}.")}
+        routing = sum(count for key, count in mine.items() if "phi" in key)
+        experts = sum(mine.values()) - routing
+        assert [int(count.replace(",", "")) for count in counts] == [experts + routing, experts // 2 + routing]
+
+
+def test_a_named_set_is_spelt_out():
+    module = load("sac_moe_multitask")
+    assert module.Args(tasks=("target-reaching",)).tasks == module.LAYOUTS == module.Args().tasks
+    assert module.Args(tasks=("halfcheetah-directions", "Ant-v5")).tasks[1:] == (
+        "HalfCheetah-v5?forward_reward_weight=-1",
+        "Ant-v5",
+    )
 
 
 @pytest.mark.parametrize("script_name", MULTITASK)
 def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path, capsys):
     """Killed in the first phase, so that the resumed run makes the switch; the script is a copy that stands alone."""
     half, end = STEPS[script_name]
-    settings = SMALL[script_name] | {"protocol": "continual", "eval_every": half * 3 // 2}
+    settings = SMALL[script_name] | {"protocol": "continual", "eval_every": half}
     settings |= {"total_timesteps": 4 * half, "checkpoint_every": half // 2}
     words = flags(**{k: v for k, v in settings.items() if k != "tasks"}) + ["--tasks", *settings["tasks"]]
     shutil.copy(ALGOS / f"{script_name}.py", tmp_path)
@@ -103,7 +130,7 @@ def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     stopped_at = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["global_step"]
-    assert half // 2 <= stopped_at < 4 * half
+    assert half // 2 <= stopped_at < 2 * half
     module = load(script_name)
     resumed = module.main(module.Args(resume=str(tmp_path / "killed")))
     whole = module.main(module.Args(run_dir=str(tmp_path / "whole"), **settings))
@@ -111,10 +138,17 @@ def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path
     assert equal(whole, resumed)
 
 
+def test_continual_runs_evaluate_at_the_end_of_each_phase(module, tmp_path):
+    half, end = STEPS[module.SCRIPT]
+    run = train(module, tmp_path / "run", protocol="continual", eval_every=10**6)
+    for name in ("eval.csv", "moe.csv"):
+        assert {int(row["global_step"]) for row in rows_of(run / name)} == {half, end}
+
+
 def test_signal_stops_with_a_checkpoint_and_resume_is_exact(module, tmp_path, monkeypatch, capsys):
     whole = train(module, tmp_path / "whole", protocol="continual")
     update, calls = module.update, []
-    enough = {"sac_moe_multitask": 37, "ppo_moe_multitask": 13}[module.SCRIPT]  # in the first phase
+    enough = {"sac_moe_multitask": 37, "ppo_moe_multitask": 9}[module.SCRIPT]  # in the first phase
 
     def update_then_signal(*arguments):
         calls.append(1)
@@ -148,8 +182,8 @@ def test_sac_plays_the_tasks_as_scheduled(tmp_path):
 
 def test_continual_sac_learns_from_the_running_task_only_and_starts_each_at_random(tmp_path, monkeypatch):
     module = load("sac_moe_multitask")
-    learned, draw = [], module.draw
-    monkeypatch.setattr(module, "draw", lambda b, tasks, size: learned.append(tasks) or draw(b, tasks, size))
+    learned, draw = [], module.draw_batch
+    monkeypatch.setattr(module, "draw_batch", lambda b, tasks, size: learned.append(tasks) or draw(b, tasks, size))
     monkeypatch.setattr(module, "measure", lambda *_: [])
     train(module, tmp_path / "run", protocol="continual", cycles=2, total_timesteps=200)
     assert learned == [[0]] * 31 + [[1]] * 31 + [[0]] * 50 + [[1]] * 50  # 20 random steps, of new tasks only
@@ -234,10 +268,11 @@ WRONG = {
     "more tasks than experts": (dict(router="hardcoded", num_experts=1), "--num-experts 1"),
     "no experts": (dict(num_experts=0), "--num-experts 0"),
     "width of the last layer": (dict(actor_moe="final", match_params=True), "--match-params"),
-    "cycles of everything at once": (dict(cycles=2), "--cycles 2"),
+    "cycles of everything at once": (dict(cycles=2), "--cycles"),
     "no tasks": (dict(tasks=()), "--tasks"),
     "fewer steps than phases": (dict(protocol="continual", cycles=300, total_timesteps=500), "--total-timesteps 500"),
     "experts that nobody chooses": (dict(top_k=2), "--top-k"),
+    "choice of no experts": (dict(router="topk", top_k=2, actor_moe="baseline", critic_moe="baseline"), "--top-k"),
     "balance of nothing": (dict(load_balance=0.1), "--load-balance"),
     "width of no experts": (dict(actor_moe="baseline", critic_moe="baseline", match_params=True), "--match-params"),
     "negative load balance": (dict(load_balance=-1.0), "--load-balance -1.0"),
@@ -248,6 +283,7 @@ WRONG_SAC = {
     "other actions": (dict(tasks=("MountainCarContinuous-v0", "MountainCarContinuous-v0?x=1")), "--tasks Mountain"),
     "unknown set": (dict(tasks=("target-eating",)), "sets: target-reaching"),
     "discrete actions": (dict(tasks=("CartPole-v1",), batch_size=8), "--tasks CartPole-v1"),
+    "a task twice": (dict(tasks=("Pendulum-v1", "Pendulum-v1")), "--tasks Pendulum-v1 Pendulum-v1"),
     "unequal shares": (dict(batch_size=7), "--batch-size 7"),
     "no room": (dict(buffer_size=3), "--buffer-size 3"),
     "random to the end": (dict(learning_starts=80), "--learning-starts 80"),
@@ -257,6 +293,8 @@ WRONG_PPO = {
     "a game twice": (dict(tasks=("breakout", "breakout")), "--tasks breakout breakout"),
     "unequal shares": (dict(num_envs=5), "--num-envs 5"),
     "slots of no tokens": (dict(slots=2, tokens="persamp"), "--slots"),
+    "tokens of no middle": (dict(tokens="persamp", actor_moe="big", critic_moe="big"), "--tokens persamp"),
+    "width of the experts of cells": (dict(match_params=True), "--tokens persamp"),
     "unequal minibatches": (dict(num_minibatches=7), "--num-minibatches 7"),
 }
 
