@@ -13,11 +13,13 @@ What differs from sac.py, besides the algorithm:
 1. At a checkpoint the running episodes are cut off (bootstrapped, as at every end of a rollout) and all environments
    are seeded anew from --seed and the step, so a checkpoint needs no simulator state. --checkpoint-every is thereby
    part of what determines a run, and an interrupted run goes on from its last checkpoint, not from where it stopped.
-2. A run ends with a whole rollout. One that is made longer is not the same as one that was longer from the start.
-3. Observations are normalised by moments that belong to the actor. They take in a rollout after it has been normalised,
-   so the policy that acted and the one that the ratio starts from are the same. The first sees raw observations. The
-   rewards' scale takes it in before.
-4. The default task keeps the environment's own speed bonus of 0.1; with SAC's 0.3 PPO learned to circle (one run).
+2. A run ends with a whole rollout. One that is made longer is not the same as one that was longer from the start: its
+   learning rate rises again.
+3. Observations are normalised by moments that belong to the actor, and so to the checkpoint. They take in a rollout
+   after it has been learned from: it is acted, valued and learned with the same moments, and the ratio starts at 1 (the
+   first sees raw observations). Rewards are divided by the standard deviation of their discounted sums, which takes
+   the rollout in before, and clipped to +-10.
+4. The default task keeps the environment's own speed bonus of 0.1, where sac.py has 0.3.
 Where this differs from the paper: what is usual since (normalised observations, advantages and rewards, orthogonal
 initialisation, annealed learning rate, clipped gradient). The value loss is the paper's, which Baselines clips.
 Letters in the shape comments: T steps, N environments, B batch, O observation size, A action dimensions.
@@ -66,7 +68,7 @@ class Args:
     video: bool = False  # with --evaluate: also write video.gif into the run folder
     eval_every: int = 20_000  # steps between evaluations, each at the end of a rollout
     eval_episodes: int = 10  # episodes per evaluation
-    checkpoint_every: int = 100_000  # steps between checkpoints, which end all episodes: see the docstring
+    checkpoint_every: int | None = None  # steps between checkpoints, which end all episodes (default: see main)
     device: str = "cpu"  # cpu, cuda or cuda:N
     num_threads: int = 1  # CPU threads of PyTorch
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
@@ -120,6 +122,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             fail(f"--env-id {env_id}: needs a flat Box {role} space such as Pendulum-v1's, this one has {space}")
     if (env.spec.max_episode_steps or -1) < 0:
         fail(f"--env-id {env_id}: has no time limit, an evaluation may never end; give {name}?max_episode_steps=1000")
+    if not np.issubdtype(env.action_space.dtype, np.floating):
+        fail(f"--env-id {env_id}: needs real-valued actions such as Pendulum-v1's, this one has {env.action_space}")
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         fail(f"--env-id {env_id}: action bounds must be finite to be rescaled to [-1, 1], they are {env.action_space}")
     return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), np.float32(-1), np.float32(1))
@@ -161,7 +165,7 @@ class Rollout(NamedTuple):
     terminated: torch.Tensor  # (T, N)
     done: torch.Tensor  # (T, N), terminated or truncated
     next_obs: torch.Tensor  # (T, N, O), in a step that ends an episode its last observation
-    discounted: torch.Tensor  # (T, N), sum of the episode's rewards so far, each discounted by its age
+    discounted: torch.Tensor  # (T, N), sum of the episode's rewards so far, each discounted by its age: scales rewards
 
 
 class Bare(gym.Wrapper):
@@ -187,7 +191,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 
 
 class Sampler:
-    """Steps this process's environments by the policy; what it remembers ends at each reset."""
+    """Steps this process's environments by the policy; each one's observation and return last till reset()."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         self.envs, self.args = envs, args
@@ -299,7 +303,7 @@ class Adam(torch.optim.Adam):
         self.vector = torch.cat([w.detach().flatten() for w in self.weights])
         for w, part in zip(self.weights, self.vector.split([w.numel() for w in self.weights]), strict=True):
             w.data = part.view_as(w)
-        super().__init__([self.vector], lr=args.learning_rate, fused=True)
+        super().__init__([self.vector], lr=args.learning_rate, eps=1e-5, fused=True)
         zeros = {"exp_avg": torch.zeros_like(self.vector), "exp_avg_sq": torch.zeros_like(self.vector)}
         self.state[self.vector] |= {"step": torch.zeros((), device=self.vector.device)} | zeros
 
@@ -307,7 +311,7 @@ class Adam(torch.optim.Adam):
         """One step, by the gradient averaged over the processes and then shortened to its largest norm."""
         gradient = average(torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.weights)]))
         gradient /= torch.linalg.vector_norm(gradient).div_(self.max_norm).clamp_(min=1)
-        state, settings = self.state[self.vector], {"lr": self.param_groups[0]["lr"], "eps": 1e-5, "fused": True}
+        state, settings = self.state[self.vector], {key: self.param_groups[0][key] for key in ("lr", "eps", "fused")}
         settings |= {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
         moments = [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]
         adam([self.vector], [gradient], *moments, **settings)
@@ -350,7 +354,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Means over normalised `obs`."""
+        """The same in every state."""
         return {"policy/std": self.log_std.exp().mean(), "policy/entropy": self.entropy()}
 
 
@@ -389,7 +393,7 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def prepare(agent: Agent, rollout: Rollout, args: Args) -> Batch:
-    """Normalises a rollout, estimates its advantages and makes a batch of T N rows. The moments take it in."""
+    """Normalises a rollout, estimates its advantages and makes a batch of T N rows. Then the moments take it in."""
     obs, next_obs = (agent.actor.normalize(x.flatten(0, 1)) for x in (rollout.obs, rollout.next_obs))
     agent.return_moments.update(rollout.discounted.flatten())
     reward = (rollout.reward * agent.return_moments.scale).clamp(-10, 10)
@@ -460,7 +464,8 @@ def check_sizes(args: Args):
         fail(f"--num-envs {args.num_envs}: must be a multiple of the {WORLD} processes")
     steps, parts = args.num_envs * args.num_steps, args.num_minibatches * WORLD
     if steps % parts or steps // args.num_minibatches < 2:
-        fail(f"--num-minibatches {args.num_minibatches}: cannot cut the {steps} steps of a rollout into {parts} parts")
+        need = f"{parts} equal parts of a rollout of {steps} steps, at least 2 each"
+        fail(f"--num-minibatches {args.num_minibatches}: needs {need}; change it, --num-envs or --num-steps")
 
 
 # === end shared ===
@@ -529,6 +534,7 @@ def describe(args: Args) -> dict:
         "dirty": None if changes is None else bool(changes),
         "versions": {"python": platform.python_version(), **dict(sorted(versions.items()))},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),  # of torchrun
     }
 
 
@@ -579,7 +585,7 @@ def resume_run(args: Args) -> tuple[Args, dict]:
 def note_resume(run_dir: Path, args: Args, global_step: int):
     """Adds to run.json with what the run goes on: command, commit, versions and machine may be other ones now."""
     run, now = json.loads((run_dir / "run.json").read_text()), describe(args)
-    now = {key: now[key] for key in ("command", "commit", "dirty", "versions", "machine")}
+    now = {key: value for key, value in now.items() if key not in ("script", "args")}
     run["resumed"] = [*run.get("resumed", []), {"global_step": global_step} | now]
     write(run_dir / "run.json", json.dumps(run, indent=1).encode())
 
@@ -692,8 +698,12 @@ def main(args: Args) -> Path | None:
         torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     configure(args)
     eval_env = make_env(args.env_id)
+    if args.checkpoint_every is None:  # seldom beside the ends of the episodes: ten of each environment at least
+        every = max(100_000, 10 * args.num_envs * eval_env.spec.max_episode_steps)
+        args = dataclasses.replace(args, checkpoint_every=every)
     if RANK == 0:
         run_dir = Path(run_dir) if checkpoint else new_run_dir(args)
+    name_of_run = run_dir or "RUN_DIR"  # only the first process knows it
 
     torch.manual_seed(args.seed)
     agent = Agent(eval_env.observation_space.shape[0], eval_env.action_space.shape[0], args)
@@ -722,9 +732,11 @@ def main(args: Args) -> Path | None:
     quiet = RANK > 0 or not sys.stderr.isatty()
     progress = tqdm(initial=start_step, total=args.total_timesteps, disable=quiet, unit="step")
     started, signals = time.perf_counter(), []
-    handlers = {signal.SIGINT: signal.signal(signal.SIGINT, lambda number, _: signals.append(number))}
+    handlers = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
     envs = make_envs(args)  # between the handlers: Ctrl-C must not end the processes of --async-envs, SIGTERM must
-    handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    handlers[signal.SIGTERM] = signal.getsignal(signal.SIGTERM)
+    for number in handlers:
+        signal.signal(number, lambda number, _: signals.append(number))
 
     def save():
         wall_time = earlier_time + time.perf_counter() - started
@@ -803,14 +815,21 @@ def main(args: Args) -> Path | None:
             if average(torch.tensor(float(len(signals)), device=args.device)) > 0 and not last:  # of all processes
                 number = signal.Signals(signals[0] if signals else signal.SIGTERM)
                 stop(
-                    f"{number.name}; --resume {run_dir} goes on from its checkpoint of step {saved_step}", 128 + number
+                    f"{number.name}; --resume {name_of_run} goes on from its checkpoint of step {saved_step}",
+                    128 + number,
                 )
     except FloatingPointError as error:
-        stop(f"{error}, the training has diverged; {run_dir or 'the run'} keeps its checkpoint", 1)
-    except (EOFError, ConnectionError):
-        stop(f"a process of --async-envs has ended; --resume {run_dir} goes on from step {saved_step}", 1)
-    except OSError as error:
-        stop(f"{error}; what was saved last stands: mend that, then --resume {run_dir}", 1)
+        stop(f"{error}, the training has diverged; {name_of_run} keeps its checkpoint", 1)
+    except (EOFError, OSError) as error:
+        reason, code = f"{error}; what was saved last stands: mend that, then", 1
+        if args.async_envs and isinstance(error, (EOFError, ConnectionError)):
+            for process in envs.unwrapped.processes:  # close() would wait for their answers
+                process.terminate()
+            envs.unwrapped.closed = True
+            reason = "a process of --async-envs has ended;"
+            if signals:  # torchrun sends them to these processes as well
+                reason, code = f"{signal.Signals(signals[0]).name};", 128 + signals[0]
+        stop(f"{reason} --resume {name_of_run} goes on from step {saved_step}", code)
     finally:
         with contextlib.suppress(EOFError, OSError):  # one of its processes has ended
             envs.close()

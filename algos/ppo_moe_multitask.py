@@ -711,6 +711,7 @@ def describe(args: Args) -> dict:
         "dirty": None if changes is None else bool(changes),
         "versions": {"python": platform.python_version(), **dict(sorted(versions.items()))},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),  # of torchrun
     }
 
 
@@ -761,7 +762,7 @@ def resume_run(args: Args) -> tuple[Args, dict]:
 def note_resume(run_dir: Path, args: Args, global_step: int):
     """Adds to run.json with what the run goes on: command, commit, versions and machine may be other ones now."""
     run, now = json.loads((run_dir / "run.json").read_text()), describe(args)
-    now = {key: now[key] for key in ("command", "commit", "dirty", "versions", "machine")}
+    now = {key: value for key, value in now.items() if key not in ("script", "args")}
     run["resumed"] = [*run.get("resumed", []), {"global_step": global_step} | now]
     write(run_dir / "run.json", json.dumps(run, indent=1).encode())
 

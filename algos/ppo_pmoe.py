@@ -16,10 +16,12 @@ What differs from ppo.py:
 2. Q(s, a), a network of its own, is fitted to the same on-policy return estimate as V(s).
 3. Gate's loss (frequency approximate gradient): a_k ~ N_k, the best expert is argmax_k Q(s, a_k), and w is pulled to
    its one-hot, hence to the frequency with which each is the best. --gate-gradient both, the default, adds PPO's own
-   gradient: on target reaching, 200,000 steps, it arrived with 2 of 2 seeds, `frequency` alone with 1 of 2.
+   gradient: on target reaching, 200,000 steps, it arrived with 2 of 2 seeds, `frequency` alone with 1 of 2, which is
+   too few to decide.
 Where this differs from the paper or the authors' code: their release has no PPO, and the paper's own text was not to be
 had. The form is that of a co-author's later script, which is --gate-gradient both. What we chose ourselves:
-1. Deterministic evaluation acts by the mean of the likeliest expert. Gate and Q get normalised observations.
+1. Deterministic evaluation acts by the mean of the likeliest expert. Gate and Q get normalised observations. Means and
+   gate start nearly equal (gain 0.01), as is usual for one Gaussian.
 2. Q gets the actions clipped, as the environment does: what lies outside [-1, 1] has no effect and shall rank nobody.
 3. The entropy bonus, if there is one, is for the mixture's entropy, which has no closed form: -sum_k w_k log pi(a_k|s)
    with one reparameterised draw of each expert, an unbiased estimate of it and of its gradient.
@@ -70,7 +72,7 @@ class Args:
     video: bool = False  # with --evaluate: also write video.gif into the run folder
     eval_every: int = 20_000  # steps between evaluations, each at the end of a rollout
     eval_episodes: int = 10  # episodes per evaluation
-    checkpoint_every: int = 100_000  # steps between checkpoints, which end all episodes: see the docstring
+    checkpoint_every: int | None = None  # steps between checkpoints, which end all episodes (default: see main)
     device: str = "cpu"  # cpu, cuda or cuda:N
     num_threads: int = 1  # CPU threads of PyTorch
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
@@ -126,6 +128,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             fail(f"--env-id {env_id}: needs a flat Box {role} space such as Pendulum-v1's, this one has {space}")
     if (env.spec.max_episode_steps or -1) < 0:
         fail(f"--env-id {env_id}: has no time limit, an evaluation may never end; give {name}?max_episode_steps=1000")
+    if not np.issubdtype(env.action_space.dtype, np.floating):
+        fail(f"--env-id {env_id}: needs real-valued actions such as Pendulum-v1's, this one has {env.action_space}")
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         fail(f"--env-id {env_id}: action bounds must be finite to be rescaled to [-1, 1], they are {env.action_space}")
     return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), np.float32(-1), np.float32(1))
@@ -167,7 +171,7 @@ class Rollout(NamedTuple):
     terminated: torch.Tensor  # (T, N)
     done: torch.Tensor  # (T, N), terminated or truncated
     next_obs: torch.Tensor  # (T, N, O), in a step that ends an episode its last observation
-    discounted: torch.Tensor  # (T, N), sum of the episode's rewards so far, each discounted by its age
+    discounted: torch.Tensor  # (T, N), sum of the episode's rewards so far, each discounted by its age: scales rewards
 
 
 class Bare(gym.Wrapper):
@@ -193,7 +197,7 @@ def make_envs(args: Args) -> gym.vector.VectorEnv:
 
 
 class Sampler:
-    """Steps this process's environments by the policy; what it remembers ends at each reset."""
+    """Steps this process's environments by the policy; each one's observation and return last till reset()."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         self.envs, self.args = envs, args
@@ -305,7 +309,7 @@ class Adam(torch.optim.Adam):
         self.vector = torch.cat([w.detach().flatten() for w in self.weights])
         for w, part in zip(self.weights, self.vector.split([w.numel() for w in self.weights]), strict=True):
             w.data = part.view_as(w)
-        super().__init__([self.vector], lr=args.learning_rate, fused=True)
+        super().__init__([self.vector], lr=args.learning_rate, eps=1e-5, fused=True)
         zeros = {"exp_avg": torch.zeros_like(self.vector), "exp_avg_sq": torch.zeros_like(self.vector)}
         self.state[self.vector] |= {"step": torch.zeros((), device=self.vector.device)} | zeros
 
@@ -313,7 +317,7 @@ class Adam(torch.optim.Adam):
         """One step, by the gradient averaged over the processes and then shortened to its largest norm."""
         gradient = average(torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.weights)]))
         gradient /= torch.linalg.vector_norm(gradient).div_(self.max_norm).clamp_(min=1)
-        state, settings = self.state[self.vector], {"lr": self.param_groups[0]["lr"], "eps": 1e-5, "fused": True}
+        state, settings = self.state[self.vector], {key: self.param_groups[0][key] for key in ("lr", "eps", "fused")}
         settings |= {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
         moments = [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]
         adam([self.vector], [gradient], *moments, **settings)
@@ -339,9 +343,9 @@ class ActorCritic(nn.Module):
 
     def log_prob(self, mean: torch.Tensor, log_w: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
         """mean (B, K, A), log_w (B, K), unclipped action (B, A) -> logsumexp_k(log w_k + log N_k(action)) (B,)."""
-        noise = (action.unsqueeze(1) - mean) * (-self.log_std).exp()  # (B, K, A)
-        log_normal = -0.5 * noise.square().sum(2) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum(1)  # (B, K)
-        return (log_w + log_normal).logsumexp(1)
+        noise = (action.unsqueeze(-2) - mean) * (-self.log_std).exp()  # (B, K, A)
+        log_normal = -0.5 * noise.square().sum(-1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)  # (B, K)
+        return (log_w + log_normal).logsumexp(-1)
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Raw obs (B, O), standard normal noise (B, A + 1) -> action (B, A) for the environment, unclipped action."""
@@ -359,7 +363,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Means over normalised `obs`; usage is the chance of each expert to act, distance that of the means of two."""
+        """Means over normalised `obs`: sigma, chance of each expert to act, distance between two experts' means."""
         mean, log_w, _ = self(obs)
         distance = torch.cdist(mean.clamp(-1, 1), mean.clamp(-1, 1))  # (B, K, K), zero on the diagonal
         return {
@@ -427,7 +431,7 @@ class Batch(NamedTuple):
 
 @torch.no_grad()
 def prepare(agent: Agent, rollout: Rollout, args: Args) -> Batch:
-    """Normalises a rollout, estimates its advantages and makes a batch of T N rows. The moments take it in."""
+    """Normalises a rollout, estimates its advantages and makes a batch of T N rows. Then the moments take it in."""
     obs, next_obs = (agent.actor.normalize(x.flatten(0, 1)) for x in (rollout.obs, rollout.next_obs))
     agent.return_moments.update(rollout.discounted.flatten())
     reward = (rollout.reward * agent.return_moments.scale).clamp(-10, 10)
@@ -462,7 +466,7 @@ def learn(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
 # === end shared ===
 def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     """One gradient step on a minibatch; no host synchronisation. Returns detached tensors, among them log r (B,)."""
-    # Q: minimise E[(Q(s, a) - (A + V_old(s)))^2]
+    # Q: minimise E[(Q(s, a) - (A + V_old(s)))^2]; first, as it is asked below
     q_loss = F.mse_loss(agent.q(batch.obs, batch.action), batch.target)
     agent.optimizers[1].descend(q_loss)
 
@@ -482,28 +486,26 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     # Critic: minimise E[(V(s) - (A + V_old(s)))^2]
     critic_loss = F.mse_loss(value, batch.target)
 
-    # Gate: pull w to the one-hot of the best expert, j = argmax_k Q(s, a_k), a_k ~ N_k
+    # Gate: minimise the mean over batch and K of (w_k - 1[k = j])^2, j = argmax_k Q(s, a_k), a_k ~ N_k
     noise = torch.randn(WORLD, *mean.shape, device=mean.device)[RANK]  # as if one process drew for the whole minibatch
+    draws = mean + agent.actor.log_std.exp() * noise  # (B, K, A)
     with torch.no_grad():
-        q = agent.q(batch.obs, mean + agent.actor.log_std.exp() * noise)  # (B, K)
-        best = torch.zeros_like(q).scatter_(1, q.argmax(1, keepdim=True), 1.0)  # (B, K), one-hot
-    gate_loss = F.mse_loss(log_w.exp(), best)  # mean over batch and K
+        best = agent.q(batch.obs, draws).argmax(1, keepdim=True)  # (B, 1)
+        wins = torch.zeros_like(log_w).scatter_(1, best, 1.0)  # one-hot (B, K)
+    gate_loss = F.mse_loss(log_w.exp(), wins)
 
     loss = actor_loss + args.vf_coef * critic_loss + gate_loss
-    if args.ent_coef:  # maximise H = -sum_k w_k E[log pi(a_k|s)], a_k reparameterised
-        draws = (mean + agent.actor.log_std.exp() * noise).flatten(0, 1)  # (B K, A)
-        density = (
-            x.repeat_interleave(mean.shape[1], 0) for x in (mean, policy_log_w)
-        )  # of row b for each of its draws
-        loss += args.ent_coef * (policy_log_w.exp().flatten() * agent.actor.log_prob(*density, draws)).sum() / len(mean)
+    if args.ent_coef:  # maximise H = -sum_k w_k E[log pi(a_k|s)]; K^2 densities
+        log_pi = agent.actor.log_prob(mean.unsqueeze(1), policy_log_w.unsqueeze(1), draws)  # (B, K)
+        loss += args.ent_coef * (policy_log_w.exp() * log_pi).sum(1).mean()
     agent.optimizers[0].descend(loss)
     return {
         "losses/critic": critic_loss.detach(),
         "losses/actor": -torch.min(gain, bound).mean(),
         "losses/q": q_loss.detach(),
         "losses/gate": gate_loss.detach(),
-        "policy/entropy": -log_prob.detach().mean(),  # nearly: the actions are of the policy that acted
-        "moe/wins": best.mean(0),  # (K,), how often each expert was the best
+        "policy/entropy": -log_prob.detach().mean(),  # plus a KL divergence: the actions are of the policy that acted
+        "moe/wins": wins.mean(0),  # (K,), how often each expert was the best
         "log_ratio": log_ratio,
     }
 
@@ -518,7 +520,8 @@ def check_sizes(args: Args):
         fail(f"--num-envs {args.num_envs}: must be a multiple of the {WORLD} processes")
     steps, parts = args.num_envs * args.num_steps, args.num_minibatches * WORLD
     if steps % parts or steps // args.num_minibatches < 2:
-        fail(f"--num-minibatches {args.num_minibatches}: cannot cut the {steps} steps of a rollout into {parts} parts")
+        need = f"{parts} equal parts of a rollout of {steps} steps, at least 2 each"
+        fail(f"--num-minibatches {args.num_minibatches}: needs {need}; change it, --num-envs or --num-steps")
 
 
 # === end shared ===
@@ -587,6 +590,7 @@ def describe(args: Args) -> dict:
         "dirty": None if changes is None else bool(changes),
         "versions": {"python": platform.python_version(), **dict(sorted(versions.items()))},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),  # of torchrun
     }
 
 
@@ -637,7 +641,7 @@ def resume_run(args: Args) -> tuple[Args, dict]:
 def note_resume(run_dir: Path, args: Args, global_step: int):
     """Adds to run.json with what the run goes on: command, commit, versions and machine may be other ones now."""
     run, now = json.loads((run_dir / "run.json").read_text()), describe(args)
-    now = {key: now[key] for key in ("command", "commit", "dirty", "versions", "machine")}
+    now = {key: value for key, value in now.items() if key not in ("script", "args")}
     run["resumed"] = [*run.get("resumed", []), {"global_step": global_step} | now]
     write(run_dir / "run.json", json.dumps(run, indent=1).encode())
 
@@ -750,8 +754,12 @@ def main(args: Args) -> Path | None:
         torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     configure(args)
     eval_env = make_env(args.env_id)
+    if args.checkpoint_every is None:  # seldom beside the ends of the episodes: ten of each environment at least
+        every = max(100_000, 10 * args.num_envs * eval_env.spec.max_episode_steps)
+        args = dataclasses.replace(args, checkpoint_every=every)
     if RANK == 0:
         run_dir = Path(run_dir) if checkpoint else new_run_dir(args)
+    name_of_run = run_dir or "RUN_DIR"  # only the first process knows it
 
     torch.manual_seed(args.seed)
     agent = Agent(eval_env.observation_space.shape[0], eval_env.action_space.shape[0], args)
@@ -780,9 +788,11 @@ def main(args: Args) -> Path | None:
     quiet = RANK > 0 or not sys.stderr.isatty()
     progress = tqdm(initial=start_step, total=args.total_timesteps, disable=quiet, unit="step")
     started, signals = time.perf_counter(), []
-    handlers = {signal.SIGINT: signal.signal(signal.SIGINT, lambda number, _: signals.append(number))}
+    handlers = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
     envs = make_envs(args)  # between the handlers: Ctrl-C must not end the processes of --async-envs, SIGTERM must
-    handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, lambda number, _: signals.append(number))
+    handlers[signal.SIGTERM] = signal.getsignal(signal.SIGTERM)
+    for number in handlers:
+        signal.signal(number, lambda number, _: signals.append(number))
 
     def save():
         wall_time = earlier_time + time.perf_counter() - started
@@ -861,14 +871,21 @@ def main(args: Args) -> Path | None:
             if average(torch.tensor(float(len(signals)), device=args.device)) > 0 and not last:  # of all processes
                 number = signal.Signals(signals[0] if signals else signal.SIGTERM)
                 stop(
-                    f"{number.name}; --resume {run_dir} goes on from its checkpoint of step {saved_step}", 128 + number
+                    f"{number.name}; --resume {name_of_run} goes on from its checkpoint of step {saved_step}",
+                    128 + number,
                 )
     except FloatingPointError as error:
-        stop(f"{error}, the training has diverged; {run_dir or 'the run'} keeps its checkpoint", 1)
-    except (EOFError, ConnectionError):
-        stop(f"a process of --async-envs has ended; --resume {run_dir} goes on from step {saved_step}", 1)
-    except OSError as error:
-        stop(f"{error}; what was saved last stands: mend that, then --resume {run_dir}", 1)
+        stop(f"{error}, the training has diverged; {name_of_run} keeps its checkpoint", 1)
+    except (EOFError, OSError) as error:
+        reason, code = f"{error}; what was saved last stands: mend that, then", 1
+        if args.async_envs and isinstance(error, (EOFError, ConnectionError)):
+            for process in envs.unwrapped.processes:  # close() would wait for their answers
+                process.terminate()
+            envs.unwrapped.closed = True
+            reason = "a process of --async-envs has ended;"
+            if signals:  # torchrun sends them to these processes as well
+                reason, code = f"{signal.Signals(signals[0]).name};", 128 + signals[0]
+        stop(f"{reason} --resume {name_of_run} goes on from step {saved_step}", code)
     finally:
         with contextlib.suppress(EOFError, OSError):  # one of its processes has ended
             envs.close()

@@ -111,6 +111,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             fail(f"--env-id {env_id}: needs a flat Box {role} space such as Pendulum-v1's, this one has {space}")
     if (env.spec.max_episode_steps or -1) < 0:
         fail(f"--env-id {env_id}: has no time limit, an evaluation may never end; give {name}?max_episode_steps=1000")
+    if not np.issubdtype(env.action_space.dtype, np.floating):
+        fail(f"--env-id {env_id}: needs real-valued actions such as Pendulum-v1's, this one has {env.action_space}")
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         fail(f"--env-id {env_id}: action bounds must be finite to be rescaled to [-1, 1], they are {env.action_space}")
     return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), np.float32(-1), np.float32(1))
@@ -400,6 +402,7 @@ def describe(args: Args) -> dict:
         "dirty": None if changes is None else bool(changes),
         "versions": {"python": platform.python_version(), **dict(sorted(versions.items()))},
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),  # of torchrun
     }
 
 
@@ -450,7 +453,7 @@ def resume_run(args: Args) -> tuple[Args, dict]:
 def note_resume(run_dir: Path, args: Args, global_step: int):
     """Adds to run.json with what the run goes on: command, commit, versions and machine may be other ones now."""
     run, now = json.loads((run_dir / "run.json").read_text()), describe(args)
-    now = {key: now[key] for key in ("command", "commit", "dirty", "versions", "machine")}
+    now = {key: value for key, value in now.items() if key not in ("script", "args")}
     run["resumed"] = [*run.get("resumed", []), {"global_step": global_step} | now]
     write(run_dir / "run.json", json.dumps(run, indent=1).encode())
 

@@ -1,5 +1,6 @@
 """The mathematics of PPO: advantages, the clipped objective, Adam, moments, probe problems, vector environments."""
 
+import json
 import math
 import os
 import signal
@@ -430,13 +431,18 @@ def test_vectorised_single_and_asynchronous_environments_train_alike(ppo, tmp_pa
 
 
 class Killed(TwoSteps):
-    """Its process ends in the third step, as if it had run out of memory."""
+    """Where the seed has the parity of the environment variable KILLED, its process ends in the third step."""
 
     steps = 0
 
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.dies = seed % 2 == int(os.environ["KILLED"])
+        return super().reset(seed=seed)
+
     def step(self, action):
         self.steps += 1
-        if self.steps == 3:
+        if self.steps == 3 and self.dies:
             os.kill(os.getpid(), signal.SIGKILL)
         return super().step(action)
 
@@ -444,14 +450,26 @@ class Killed(TwoSteps):
 gym.register("PPOKilled-v0", Killed, max_episode_steps=10)
 
 
-def test_death_of_an_environments_process_ends_the_run_with_one_line(tmp_path):
-    """In a process of its own, which must end although the other environment's process lives."""
+@pytest.mark.parametrize("parity", "01")
+def test_death_of_an_environments_process_ends_the_run(tmp_path, parity):
+    """In a process of its own, which must end although every other environment's process lives and waits."""
     script = "import sys; sys.path[:0] = sys.argv[1:3]; from test_ppo import run; import conftest, pathlib; "
     script += "run(conftest.load('ppo'), pathlib.Path(sys.argv[3]), env_id='PPOKilled-v0', async_envs=True)"
     command = [sys.executable, "-c", script, str(ALGOS.parent / "tests"), str(ALGOS), str(tmp_path / "run")]
-    job = subprocess.run(command, capture_output=True, text=True, timeout=100)
-    assert job.returncode == 1 and "--async-envs has ended" in job.stderr, job.stderr
+    environment = os.environ | {"KILLED": parity}
+    job = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    assert job.returncode == 1 and "--async-envs has ended; --resume" in job.stderr, job.stderr
+    assert job.stderr.count("\n") == 1, job.stderr
     assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_checkpoints_leave_room_for_whole_episodes(ppo_script, tmp_path):
+    """Ten of each environment, unless told otherwise: they end all of them."""
+    for wanted, number, expected in ((None, 2, 100_000), (None, 256, 256 * 10 * 200), (80, 2, 80)):
+        sizes = dict(num_envs=number, num_steps=4, num_minibatches=2, total_timesteps=number * 4, eval_episodes=1)
+        folder = tmp_path / f"{wanted}{number}"
+        run(ppo_script, folder, checkpoint_every=wanted, **sizes)
+        assert json.loads((folder / "run.json").read_text())["args"]["checkpoint_every"] == expected
 
 
 def test_every_environment_has_its_own_seed(ppo):
@@ -474,19 +492,21 @@ import importlib.util, sys, torch
 spec = importlib.util.spec_from_file_location(sys.argv[1], sys.argv[2] + "/" + sys.argv[1] + ".py")
 script = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(script)
-agents, agent = [], script.Agent
+agents, updates, agent = [], [], script.Agent
 script.Agent = lambda *a: agents.append(agent(*a)) or agents[-1]
 update = script.update
 
 def checked_update(agent, batch, args):
     assert len(batch.obs) == 10 // script.WORLD  # each process has its part of the minibatch
     assert script.average(torch.tensor(2.0 * script.RANK)) == script.WORLD - 1
+    updates.append(1)
     return update(agent, batch, args)
 
 script.update = checked_update
 script.main(script.Args(env_id="moe_envs:TargetReaching-v0?max_episode_steps=30", total_timesteps=120, num_envs=4,
     num_steps=10, num_minibatches=4, update_epochs=2, eval_every=60, eval_episodes=1, checkpoint_every=80,
-    target_kl=1.0, num_threads=1, run_dir=sys.argv[3]))
+    target_kl=3e-6, num_threads=1, run_dir=sys.argv[3]))
+assert 12 <= len(updates) < 24, updates  # three rollouts of four updates per pass, some without a second pass
 torch.save(agents[0].state_dict(), f"{sys.argv[3]}/agent{script.RANK}.pt")
 """
 

@@ -15,6 +15,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from conftest import ALGOS, MULTITASK, SCRIPTS, load
@@ -317,15 +318,19 @@ def test_video_that_cannot_be_drawn_is_an_error(script, finished, monkeypatch, c
     assert stop.value.code == 2 and "--video" in capsys.readouterr().err and not (finished / "video.gif").exists()
 
 
-class Picture(gym.Env):
-    observation_space, action_space = gym.spaces.Box(0, 1, (2, 2)), gym.spaces.Box(-1, 1, (1,))
+class Spaces(gym.Env):
+    def __init__(self, observation_space, action_space):
+        self.observation_space, self.action_space = observation_space, action_space
 
 
-gym.register("Picture-v0", Picture, max_episode_steps=10)
+line, whole = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(0, 9, (1,), np.int64)
+gym.register("Picture-v0", lambda: Spaces(gym.spaces.Box(0, 1, (2, 2)), line), max_episode_steps=10)
+gym.register("WholeNumbers-v0", lambda: Spaces(line, whole), max_episode_steps=10)
 
 WRONG = {  # regular expressions: what the error has to say
     "discrete actions": (dict(env_id="CartPole-v1"), "--env-id CartPole-v1"),
     "image observations": (dict(env_id="Picture-v0"), "--env-id Picture-v0: needs a flat Box observation space"),
+    "whole numbers as actions": (dict(env_id="WholeNumbers-v0"), "--env-id WholeNumbers-v0: needs real-valued actions"),
     "unknown environment": (dict(env_id="NoSuchEnv-v0"), "--env-id NoSuchEnv-v0.*gymnasium.pprint_registry"),
     "no time limit": (dict(env_id="Pendulum-v1?max_episode_steps=-1"), "max_episode_steps=1000"),
     "unknown module": (dict(env_id="no_such_module:Env-v0"), "--env-id no_such_module:Env-v0.*install it"),
@@ -366,7 +371,10 @@ WRONG_PPO = {
     "learning rate infinite": (dict(learning_rate=math.inf), "--learning-rate inf"),
     "no KL divergence allowed": (dict(target_kl=0.0), "--target-kl 0.0"),
     "lambda above one": (dict(gae_lambda=1.1), "--gae-lambda 1.1"),
-    "minibatches that do not divide the rollout": (dict(num_minibatches=3), "--num-minibatches 3"),
+    "minibatches that do not divide the rollout": (
+        dict(num_minibatches=3),
+        "--num-minibatches 3: needs 3 equal parts.*change it",
+    ),
     "minibatches of one step": (dict(num_minibatches=22), "--num-minibatches 22"),
     "no environments": (dict(num_envs=0), "--num-envs 0"),
 }
