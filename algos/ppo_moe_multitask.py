@@ -538,7 +538,8 @@ def measure(agent: Agent, args: Args, global_step: int) -> list[dict]:
     dormant_TAU    share of dormant neurons, per hidden layer and in total, on the states of each task (column task) and
                    on all. Of the convolution a neuron is a channel. A neuron of an expert counts as w_i f_i(x), which
                    is our choice: so an expert without weight is dormant as a whole
-    rank, norm     of the penultimate features: what the last layer multiplies by its weights (big: all w_i f_i)
+    rank, width,   of the penultimate features: what the last layer multiplies by its weights (big: all w_i f_i);
+    norm           effective rank, number, mean norm
     router         mean weight of each task (column task) and expert (column item); topk: 0 where it is not chosen, so a
                    row sums to less than 1
     entropy        mean over a task's states of the entropy of their weights [nats]: 0 is one expert per state. PerConv:
@@ -572,6 +573,7 @@ def measure(agent: Agent, args: Args, global_step: int) -> list[dict]:
                     for key, neurons in (masks | {"total": torch.cat(list(masks.values()))}).items():
                         row(network, f"dormant_{tau}", neurons.mean(), t, key)
             row(network, "rank", effective_rank(trace["features"]))
+            row(network, "width", trace["features"].shape[-1])
             row(network, "norm", trace["features"].norm(dim=1).mean())
             for key, w in trace.items():
                 if key.startswith("router"):

@@ -42,7 +42,7 @@ def moe_suites() -> dict[str, Suite]:
     64 tokens per sample that takes several times as long as all the rest. The eight experts of target reaching have
     together as many parameters as the baseline, for the same reason.
     """
-    minatar, reaching, order = {}, {}, {}
+    minatar, reaching, order, slots = {}, {}, {}, {}
     kinds = ["baseline", *(f"{r}-{a}" for a in ("middle", "big") for r in ("softmoe", "topk", "hardcoded"))]
     kinds.append("softmoe-middle-persamp")  # against the other routers in the same place, which have such tokens
     for protocol in ("multitask", "continual"):
@@ -52,12 +52,16 @@ def moe_suites() -> dict[str, Suite]:
             flags += f" --router {router}" * bool(router)
             if protocol == "multitask" and kind in ("baseline", "softmoe-big", "hardcoded-big"):
                 reaching[f"multitask-{kind}"] = f"sac_moe_multitask {flags}"
+                if kind != "softmoe-big":  # who does not see which task it is cannot tell the inverted ones
+                    reaching[f"multitask-{kind}-blind"] = f"sac_moe_multitask {flags} --no-task-id"
             flags += " --tokens persamp" * (kind.endswith("-persamp") or kind in ("topk-middle", "hardcoded-middle"))
             minatar[f"{protocol}-{kind}"] = f"ppo_moe_multitask {flags}"
+            if kind == "softmoe-middle":  # the papers' number of slots, at four times the time
+                slots[f"{protocol}-{kind}-slots"] = f"ppo_moe_multitask {flags} --slots 22"
             if protocol == "continual" and kind in ("baseline", "softmoe-big", "hardcoded-big"):
                 order[f"continual-{kind}"] = f"ppo_moe_multitask {flags} --tasks asterix breakout space_invaders"
     for label in reaching:
-        reaching[label] += " --match-params" * (not label.endswith("baseline"))
+        reaching[label] += " --match-params" * ("big" in label)
     shared = "--tasks target-reaching-inverted --num-experts 8 --update-every 4 --learning-starts 2500 --num-threads 1"
     return {
         "moe-minatar": Suite(
@@ -65,6 +69,12 @@ def moe_suites() -> dict[str, Suite]:
             "--num-experts 3 --total-timesteps 3024000 --num-threads 1",  # 375 rollouts
             range(1, 4),
             minatar,
+        ),
+        "moe-minatar-slots": Suite(
+            "MinAtar-3-games",
+            "--num-experts 3 --total-timesteps 3024000 --num-threads 1",
+            range(1, 4),
+            slots,
         ),
         "moe-minatar-order": Suite(
             "MinAtar-3-games-reversed",

@@ -10,6 +10,7 @@ of it and the times that results/speed.py printed, is written by hand and copied
 import csv
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -89,6 +90,10 @@ def published_ppo(task: str) -> str:
     return "\n".join(lines)
 
 
+NOTES["TargetReaching-v0-8-tasks"] = """
+Nothing in these layouts is random: all deterministic episodes of one task are one episode, and a seed's success is 0 or
+1 for each task. Layouts 0 to 3 come twice, the second time with inverted actions.
+"""
 NOTES |= {
     f"{task}-v5-ppo": published_ppo(task)
     for task in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup")
@@ -136,10 +141,15 @@ def read_run(folder: Path) -> Run:
     return Run(info["args"]["seed"], info, *arrays, moe)
 
 
+def natural(path: Path) -> list:
+    """Key to sort by: 16 experts come after 2."""
+    return [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", str(path))]
+
+
 def read_runs(root: Path) -> dict[str, dict[str, list[Run]]]:
     """environment -> label -> its finished runs by seed. The runs of one label may differ in nothing but the seed."""
     runs = {}
-    for path in sorted(root.glob("*/*/*/run.json")):
+    for path in sorted(root.glob("*/*/*/run.json"), key=natural):
         info = json.loads(path.read_text())
         if info.get("global_step", 0) < info["args"]["total_timesteps"]:
             print(f"left out, not finished: {path.parent}", file=sys.stderr)
@@ -206,6 +216,7 @@ def save(figure, path: Path):
 
 
 def style(labels: dict) -> dict[str, dict]:
+    assert len(labels) <= len(COLOURS), f"more labels than colours: {', '.join(labels)}"
     return {
         label: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
         for i, label in enumerate(labels)
@@ -556,6 +567,8 @@ def plot_tasks(labels: dict[str, list[Run]], path: Path) -> bool:
         axis.set_title(short(task), fontsize=9)
         if success:
             axis.set_ylim(-0.04, 1.04)
+    for axis in axes.flat[len(tasks) :]:
+        axis.axis("off")
     axes[0, 0].set_ylabel("success" if success else "return")
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8
@@ -582,36 +595,45 @@ def plot_networks(labels: dict[str, list[Run]], path: Path):
 
 
 def routing(run: Run, network: str) -> np.ndarray | None:
-    """The last weights (T, n) of the first router of a network; None if it has no experts."""
+    """The last weights (T, n) of the first router of a network, each row scaled to sum to 1; None without experts."""
     rows = [r for r in run.moe if r["network"] == network and r["metric"].startswith("router")]
-    rows = [
-        r for r in rows if r["global_step"] == rows[-1]["global_step"] and r["metric"] == min(q["metric"] for q in rows)
-    ]
-    weights = np.full((len(run.info["args"]["tasks"]), run.info["args"]["num_experts"]), np.nan)
+    if not rows:
+        return None
+    first, last = min(r["metric"] for r in rows), max(r["global_step"] for r in rows)
+    weights = np.zeros((len(run.info["args"]["tasks"]), run.info["args"]["num_experts"]))
     for r in rows:
-        weights[int(r["task"]), int(r["item"])] = r["value"]
-    return weights if rows else None
+        if r["metric"] == first and r["global_step"] == last:
+            weights[int(r["task"]), int(r["item"])] = r["value"]
+    return weights / weights.sum(1, keepdims=True)
+
+
+def has_experts(group: list[Run]) -> bool:
+    return any(routing(group[0], network) is not None for network in ("actor", "critic"))
 
 
 def plot_experts(labels: dict[str, list[Run]], path: Path):
     """Expert by task at the end, first seed of each label: experts of several seeds have nothing in common."""
-    groups = {label: group[0] for label, group in labels.items() if routing(group[0], "actor") is not None}
+    groups = {label: group[0] for label, group in labels.items() if has_experts(group)}
     figure, axes = plt.subplots(2, max(len(groups), 2), figsize=(WIDTH, 3.6), squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
     for row, network in zip(axes, ("actor", "critic"), strict=True):
-        for axis in row[len(groups) :]:
-            axis.axis("off")
         for axis, (label, run) in zip(row, groups.items(), strict=False):
-            axis.imshow(routing(run, network), vmin=0, vmax=1, cmap="Blues", aspect="auto")
+            weights = routing(run, network)
+            if weights is None:
+                continue
+            axis.axis("on")
+            axis.imshow(weights, vmin=0, vmax=1, cmap="Blues", aspect="auto")
             axis.set_title(f"{label.split('-', 1)[-1]}\n{network}", fontsize=8)
-            axis.set(xticks=range(run.info["args"]["num_experts"]), yticks=[])
+            axis.set(xticks=range(run.info["args"]["num_experts"]), yticks=range(len(weights)))
+            tasks = map(short, run.info["args"]["tasks"])
+            axis.set_yticklabels(tasks if axis is row[0] else [])
             axis.tick_params(labelsize=7)
-            for (task, expert), weight in np.ndenumerate(routing(run, network)):
+            for (task, expert), weight in np.ndenumerate(weights):
                 if weight >= 0.005:
                     colour = "white" if weight > 0.6 else "black"
                     text = {"ha": "center", "va": "center", "fontsize": 5, "color": colour}
                     axis.text(expert, task, f"{weight:.2f}", **text)
-        tasks = next(iter(groups.values())).info["args"]["tasks"]
-        row[0].set_yticks(range(len(tasks)), [short(task) for task in tasks])
     save(figure, path)
 
 
@@ -625,7 +647,7 @@ def ends_of(group: list[Run], column: int, of_phases: bool = False) -> np.ndarra
         until = [args["total_timesteps"]] * number
         if of_phases:
             until = [last + (args["total_timesteps"] - last) * (i + 1) / number for i in range(number)]
-        rows.append([e[e[:, 0] <= end + 0.5][-1, column] for e, end in zip(evals, until, strict=True)])
+        rows.append([e[e[:, 0] >= end - 0.5][0, column] for e, end in zip(evals, until, strict=True)])
     return np.array(rows)
 
 
@@ -646,7 +668,7 @@ def table_of_tasks(labels: dict[str, list[Run]], column: int) -> list[str]:
     """Return (1) or success (2) of each task at the end, and the last of each measurement, actor / critic."""
     args = next(iter(labels.values()))[0].info["args"]
     heads = ["label", "seeds", *map(short, args["tasks"]), "mean" if column == 2 else "mean / baseline's"]
-    heads += ["dormant", "rank", "cosine", "parameters, millions", "active", "steps/s", "commit"]
+    heads += ["dormant", "rank", "features", "cosine", "parameters, millions", "active", "steps/s", "commit"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     digits, statistic = (2, mean) if column == 2 else (1, iqm)
     every = {label: ends_of(group, column) for label, group in labels.items()}
@@ -656,7 +678,8 @@ def table_of_tasks(labels: dict[str, list[Run]], column: int) -> list[str]:
         cells = [label, len(group), *(with_interval(end, digits, statistic) for end in ends.T)]
         # returns of different games have different units, so each is divided by the baseline's
         cells += [with_interval((ends if column == 2 else ends / base).mean(1), 2, statistic)]
-        for metric, item, places in (("dormant_0.025", "total", 2), ("rank", "", 0), ("cosine", "", 2)):
+        metrics = (("dormant_0.025", "total", 2), ("rank", "", 0), ("width", "", 0), ("cosine", "", 2))
+        for metric, item, places in metrics:
             last = [[measured(run, n, metric, item)[1] for run in group] for n in ("actor", "critic")]
             cells.append(
                 " / ".join(f"{np.mean([v[-1] for v in values if len(v)] or np.nan):.{places}f}" for values in last)
@@ -668,39 +691,129 @@ def table_of_tasks(labels: dict[str, list[Run]], column: int) -> list[str]:
     return lines
 
 
+def by_architecture(labels: dict[str, list[Run]]) -> dict[str, dict[str, list[Run]]]:
+    """A figure's worth of labels each: one architecture and the baseline; the key ends the name of its files."""
+    groups, baseline = {}, {k: g for k, g in labels.items() if not has_experts(g)}
+    for label, group in labels.items():
+        if label not in baseline:
+            args = group[0].info["args"]
+            name = args["actor_moe"] if args["actor_moe"] != "baseline" else args["critic_moe"]
+            groups.setdefault(f"-{name}", dict(baseline))[label] = group
+    return groups if len(groups) > 1 else {"": labels}
+
+
 def section_of_tasks(env: str, every: dict[str, list[Run]], figures: Path) -> list[str]:
     """Draws the figures of one set of tasks, protocol by protocol, and returns its part of README.md."""
     lines = [f"## {env}", ""]
     for protocol in sorted({group[0].info["args"]["protocol"] for group in every.values()}, reverse=True):
         labels = {k: group for k, group in every.items() if group[0].info["args"]["protocol"] == protocol}
-        name = f"{env}-{protocol}"
-        success = plot_tasks(labels, figures / f"{name}.png")
-        plot_networks(labels, figures / f"{name}-networks.png")
-        note = f"{seeds_of(labels)} Commit {commits([run for group in labels.values() for run in group])}."
-        what = "mean of the success" if success else "interquartile mean of the return"
-        captions = {name: f"Each task: deterministic policy, {what} over the seeds, 95% bootstrap intervals. {note}"}
-        text = "Dormant neurons (tau 0.025, all hidden layers), effective rank (delta 0.01) and norm of what the last"
-        captions[f"{name}-networks"] = (
-            f"{text} layer gets; interquartile mean over the seeds, 95% bootstrap intervals. {note}"
-        )
-        if any(routing(group[0], "actor") is not None for group in labels.values()):
-            plot_experts(labels, figures / f"{name}-experts.png")
-            text = (
-                "Mean weight of each expert (columns) on the states of each task (rows) at the end; first router of the"
+        commit = f"Commit {commits([run for group in labels.values() for run in group])}."
+        name, captions = f"{env}-{protocol}", {}
+        for suffix, some in by_architecture(labels).items():
+            success = plot_tasks(some, figures / f"{name}{suffix}.png")
+            plot_networks(some, figures / f"{name}{suffix}-networks.png")
+            what = "mean of the success" if success else "interquartile mean of the return"
+            text = f"Each task: deterministic policy, {what} over the seeds, 95% bootstrap intervals."
+            captions[f"{name}{suffix}"] = f"{text} {seeds_of(some)} {commit}"
+            text = "Dormant neurons (tau 0.025, all hidden layers, on the states of all tasks; a neuron of an expert "
+            text += (
+                "counts with the expert's weight), effective rank (delta 0.01) and norm of what the last layer gets; "
             )
-            captions[f"{name}-experts"] = f"{text} network, first seed of each label, not a chosen one."
+            text += f"interquartile mean over the seeds, 95% bootstrap intervals. {seeds_of(some)} {commit}"
+            captions[f"{name}{suffix}-networks"] = text
+        if any(map(has_experts, labels.values())):
+            plot_experts(labels, figures / f"{name}-experts.png")
+            text = "Share of each expert (columns) in the weights on the states of each task (rows) at the end; first "
+            text += "router of the network, first seed of each label, not a chosen one."
+            captions[f"{name}-experts"] = f"{text} {commit}"
         for file, caption in captions.items():
             lines += [f"![{file}](figures/{file}.png)", "", f"*{caption}*", ""]
         lines += [*table_of_tasks(labels, 1 + success), ""]
         if protocol == "continual":
             lines += [*table_of_phases(labels, 1 + success), ""]
         lines += [
-            "Dormant (tau 0.025, all hidden layers), rank and cosine (mean over pairs of tasks): actor / critic, mean",
-            "over the seeds. The features, whose rank it is, are the wider the more experts there are.",
+            "Dormant (tau 0.025, all hidden layers), rank, number of features, cosine (mean over pairs of tasks):",
+            "actor / critic, mean over the seeds.",
             "",
         ]
         lines += ["```", *(group[0].info["command"] for group in labels.values()), "```", ""]
+        if env in NOTES:
+            lines += [NOTES[env].strip(), ""]
     return lines
+
+
+# The second paper's claims
+
+MINATAR = "MinAtar-3-games"
+
+
+def compare(one: dict[int, float], other: dict[int, float]) -> tuple[str, int]:
+    """Mean difference one - other over the seeds that both have, with its interval; its sign, 0 if that has both."""
+    seeds = sorted(one.keys() & other.keys())
+    differences = np.array([one[seed] - other[seed] for seed in seeds])
+    if len(seeds) < 2:
+        return (f"{differences[0]:+.2f} (one seed)" if seeds else "-"), 0
+    low, high = interval(differences, mean)
+    return f"{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}], {len(seeds)} seeds", int(low > 0) - int(high < 0)
+
+
+def claims(runs: dict[str, dict[str, list[Run]]]) -> list[str]:
+    """What the paper says of MinAtar, beside what was seen: a table, each comparison by seed."""
+    labels, rows = runs[MINATAR], []
+
+    def by_seed(label, values) -> dict[int, float]:
+        return dict(zip([run.seed for run in labels[label]], values, strict=True)) if label in labels else {}
+
+    def dormancy(label):
+        group = labels.get(label, [])
+        ends = [[measured(run, n, "dormant_0.025", "total")[1][-1] for n in ("actor", "critic")] for run in group]
+        return by_seed(label, np.mean(ends, axis=1)) if group else {}
+
+    def returns(label):  # games have different units, so each is divided by the baseline's
+        base = labels.get(f"{label.split('-')[0]}-baseline")
+        if not base or label not in labels:
+            return {}
+        return by_seed(label, (ends_of(labels[label], 1) / iqm(ends_of(base, 1))).mean(1))
+
+    def row(claim, quantity, one, other, wanted):
+        text, sign = compare(one, other)
+        verdict = {0: "undecided", wanted: "for", -wanted: "against"}[sign]
+        rows.append(f"| {claim} | {quantity} | {text} | {verdict} |")
+
+    for protocol in ("multitask", "continual"):
+        claim = "Big with Soft MoE has fewer dormant neurons"
+        difference = f"{protocol}: share, softmoe-big - baseline"
+        row(claim, difference, dormancy(f"{protocol}-softmoe-big"), dormancy(f"{protocol}-baseline"), -1)
+    for protocol in ("multitask", "continual"):
+        difference = f"{protocol}: relative return, softmoe-big - baseline"
+        row("It learns better", difference, returns(f"{protocol}-softmoe-big"), returns(f"{protocol}-baseline"), 1)
+    for protocol in ("multitask", "continual"):
+        claim, difference = (
+            "Hardcoded routing can beat learned routing",
+            f"{protocol}: relative return, hardcoded-big - softmoe-big",
+        )
+        row(claim, difference, returns(f"{protocol}-hardcoded-big"), returns(f"{protocol}-softmoe-big"), 1)
+    for label in ("continual-baseline", "continual-softmoe-big"):
+        reversed_runs = runs.get(f"{MINATAR}-reversed", {}).get(label)
+        for task in labels[label][0].info["args"]["tasks"] if label in labels and reversed_runs else []:
+            ends = []
+            for group in (labels[label], reversed_runs):
+                values = ends_of(group, 1)[:, group[0].info["args"]["tasks"].index(task)]
+                ends.append(dict(zip([run.seed for run in group], values, strict=True)))
+            text, sign = compare(*ends)
+            verdict = "for" if sign else "undecided"
+            compared = f"{label}, {task}: return at the end, given order - reversed"
+            rows.append(f"| The order of the tasks matters | {compared} | {text} | {verdict} |")
+    lines = ["## Claims of arXiv 2406.18420, on MinAtar", "", "| claim | compared | mean difference by seed | seen |"]
+    lines += ["|---|---|---|---|", *rows, ""]
+    lines += [
+        "Relative return: at the end of the run, each game's divided by the interquartile mean of the baseline's,"
+    ]
+    return [
+        *lines,
+        "mean over the games. *For* or *against*: the 95% bootstrap interval of the difference leaves out 0.",
+        "",
+    ]
 
 
 INTRODUCTION = """
@@ -732,9 +845,12 @@ def main(root: Path):
     lines = [INTRODUCTION.strip(), ""]
     if (root / "findings.md").exists():
         lines += [(root / "findings.md").read_text().strip(), ""]
-    for env, labels in sorted(read_runs(root / "runs").items()):
+    runs = read_runs(root / "runs")
+    for env, labels in sorted(runs.items()):
         several = next(iter(labels.values()))[0].moe
         lines += (section_of_tasks if several else section)(env, labels, figures)
+    if MINATAR in runs:
+        lines += claims(runs)
     (root / "README.md").write_text("\n".join(lines))
 
 

@@ -201,10 +201,12 @@ def test_scalars_of_a_run_that_was_resumed(tmp_path):
     assert all(value == step + 0.5 * (step >= 40) for step, value in rows) and rows[0][0] == 0 and rows[-1][0] == 119
 
 
-def make_run_of_tasks(root, label, seed, protocol="multitask", experts=True):
-    folder = make_run(root, env="Games", label=label, seed=seed)
+def make_run_of_tasks(root, label, seed, protocol="multitask", experts=("actor", "critic"), env="Games", **args):
+    """Two tasks; returns seed * step + task, dormant neurons step / 4000."""
+    folder = make_run(root, env=env, label=label, seed=seed)
     run = json.loads((folder / "run.json").read_text())
-    run["args"] |= {"tasks": ["left", "right"], "protocol": protocol, "cycles": 1, "num_experts": 2}
+    run["args"] |= {"tasks": ["left", "right"], "protocol": protocol, "cycles": 1, "num_experts": 2} | args
+    run["args"] |= {f"{network}_moe": "big" if network in experts else "baseline" for network in ("actor", "critic")}
     run["parameters"] = {"actor": {"total": 5000, "active": 3000}, "critic": {"total": 4000, "active": 2000}}
     (folder / "run.json").write_text(json.dumps(run))
     lines = ["global_step,policy,task,episodes,return,return_std,length,success"]
@@ -213,19 +215,20 @@ def make_run_of_tasks(root, label, seed, protocol="multitask", experts=True):
     lines = ["global_step,network,metric,task,item,value"]
     for t in (500, 1000):
         for network, rank in (("actor", 10), ("critic", 20)):
-            lines += [f"{t},{network},dormant_0.025,,total,{t / 4000}", f"{t},{network},rank,,,{rank * seed}"]
-            lines += [f"{t},{network},norm,,,1.5", f"{t},{network},cosine,0,1,-0.5"]
+            share = t / 4000 if experts else t / 2000
+            lines += [f"{t},{network},dormant_0.025,,total,{share}", f"{t},{network},rank,,,{rank * seed}"]
+            lines += [f"{t},{network},norm,,,1.5", f"{t},{network},width,,,64", f"{t},{network},cosine,0,1,-0.5"]
             lines.append(f"{t},{network},dormant_0.025,1,total,0.9")  # on the states of one task
-            if experts:
-                lines += [f"{t},{network},router1,{i},{j},{(i == j) * 0.75}" for i in (0, 1) for j in (0, 1)]
+            if network in experts:
+                lines += [f"{t},{network},router1,{i},{j},{(i == j) * 0.25}" for i in (0, 1) for j in (0, 1)]
     (folder / "moe.csv").write_text("\n".join([*lines, ""]))
 
 
 def test_plot_of_several_tasks(plot, tmp_path):
     for seed in (1, 3):
-        make_run_of_tasks(tmp_path, "multitask-baseline", seed, experts=False)
+        make_run_of_tasks(tmp_path, "multitask-baseline", seed, experts=())
         make_run_of_tasks(tmp_path, "multitask-big", seed)
-        make_run_of_tasks(tmp_path, "continual-baseline", seed, "continual", experts=False)
+        make_run_of_tasks(tmp_path, "continual-baseline", seed, "continual", experts=())
     plot.main(tmp_path)
     names = {path.name for path in (tmp_path / "figures").iterdir()}
     both = {f"Games-{p}{part}.png" for p in ("multitask", "continual") for part in ("", "-networks")}
@@ -234,10 +237,49 @@ def test_plot_of_several_tasks(plot, tmp_path):
     rows = [line for line in page.splitlines() if line.startswith("| multitask-big")]
     cells = [cell.strip() for cell in rows[0].strip("|").split("|")]
     assert cells[:3] == ["multitask-big", "2", "2000.0 [1000.0, 3000.0]"] and cells[4].startswith("1.00 [0.50, 1.50")
-    assert cells[5:10] == ["0.25 / 0.25", "20 / 40", "-0.50 / -0.50", "0.005 / 0.004", "0.003 / 0.002"]
+    measured = ["0.25 / 0.25", "20 / 40", "64 / 64", "-0.50 / -0.50", "0.005 / 0.004", "0.003 / 0.002"]
+    assert cells[5:11] == measured
     assert "| continual-baseline | 1000.0 -> 2000.0 | 2001.0 -> 2001.0 |" in page
     run = plot.read_run(tmp_path / "runs" / "Games" / "multitask-big" / "s1")
-    assert plot.routing(run, "critic").tolist() == [[0.75, 0], [0, 0.75]]
+    assert plot.routing(run, "critic").tolist() == [[1, 0], [0, 1]]  # shares: those of top-k do not sum to 1
+
+
+def test_plot_of_several_architectures_and_of_experts_in_one_network(plot, tmp_path):
+    make_run_of_tasks(tmp_path, "multitask-baseline", 1, experts=())
+    make_run_of_tasks(tmp_path, "multitask-big", 1, experts=("actor",))
+    make_run_of_tasks(tmp_path, "multitask-middle", 1, experts=("critic",))
+    path = tmp_path / "runs" / "Games" / "multitask-middle" / "s1" / "run.json"
+    path.write_text(path.read_text().replace('"critic_moe": "big"', '"critic_moe": "middle"'))
+    plot.main(tmp_path)
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    parts = {f"-{a}{b}" for a in ("big", "middle") for b in ("", "-networks")} | {"-experts"}
+    assert names == {f"Games-multitask{part}.png" for part in parts}
+
+
+def test_claims_are_compared_seed_by_seed(plot, tmp_path):
+    for seed in (1, 2, 4):
+        for protocol in ("multitask", "continual"):
+            for kind, experts in (("baseline", ()), ("softmoe-big", ("actor", "critic"))):
+                make_run_of_tasks(tmp_path, f"{protocol}-{kind}", seed, protocol, experts, env=plot.MINATAR)
+        order = dict(env=f"{plot.MINATAR}-reversed", tasks=["right", "left"], experts=())
+        make_run_of_tasks(tmp_path, "continual-baseline", seed, "continual", **order)
+    plot.main(tmp_path)
+    rows = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| ")]
+    dormant, learns, beats, matters = (
+        [row for row in rows if row.startswith(f"| {claim}")]
+        for claim in ("Big", "It learns", "Hardcoded", "The order")
+    )
+    assert len(dormant) == 2 and all("-0.25 [-0.25, -0.25], 3 seeds | for |" in row for row in dormant)
+    assert len(learns) == 2 and all("+0.00 [+0.00, +0.00], 3 seeds | undecided |" in row for row in learns)
+    assert len(beats) == 2 and all("| - | undecided |" in row for row in beats)
+    assert "left: return at the end, given order - reversed | -1.00 [-1.00, -1.00], 3 seeds | for |" in matters[0]
+    assert "right: return at the end, given order - reversed | +1.00 [+1.00, +1.00], 3 seeds | for |" in matters[1]
+
+
+def test_runs_are_in_their_natural_order(plot, tmp_path):
+    for number in (16, 2, 1):
+        make_run(tmp_path, label=f"mix-{number}")
+    assert list(plot.read_runs(tmp_path / "runs")["Env-v0"]) == ["mix-1", "mix-2", "mix-16"]
 
 
 def test_plot_without_runs(plot, tmp_path):
