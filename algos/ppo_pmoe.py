@@ -72,7 +72,7 @@ class Args:
     video: bool = False  # with --evaluate: also write video.gif into the run folder
     eval_every: int = 20_000  # steps between evaluations, each at the end of a rollout
     eval_episodes: int = 10  # episodes per evaluation
-    checkpoint_every: int | None = None  # steps between checkpoints, which end all episodes (default: see main)
+    checkpoint_every: int | None = None  # steps between checkpoints, which end all episodes (default: 100,000 or more)
     device: str = "cpu"  # cpu, cuda or cuda:N
     num_threads: int = 1  # CPU threads of PyTorch
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
@@ -578,17 +578,20 @@ def describe(args: Args) -> dict:
     changes = git("status", "--porcelain", "--untracked-files=no")
     if changes == "":
         changes = git("status", "--porcelain", "--", Path(__file__).name)  # a new script is not tracked yet
-    gpu, packages = args.device.startswith("cuda"), ("torch", "gymnasium", "mujoco", "numpy", "minatar")
+    gpu, versions = args.device.startswith("cuda"), {"python": platform.python_version()}
     chip = torch.cuda.get_device_name(args.device) if gpu else torch.backends.cpu.get_cpu_capability()
-    installed = ((d.name.lower(), d.version) for d in importlib.metadata.distributions())
-    versions = {name: version for name, version in installed if name in packages}
+    for name in ("gymnasium", "minatar", "mujoco", "numpy", "torch"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
     return {
         "script": SCRIPT,
         "command": shlex.join(["python", *sys.argv]),
         "args": dataclasses.asdict(args),
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
-        "versions": {"python": platform.python_version(), **dict(sorted(versions.items()))},
+        "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
         "processes": int(os.environ.get("WORLD_SIZE", 1)),  # of torchrun
     }
@@ -754,7 +757,7 @@ def main(args: Args) -> Path | None:
         torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     configure(args)
     eval_env = make_env(args.env_id)
-    if args.checkpoint_every is None:  # seldom beside the ends of the episodes: ten of each environment at least
+    if args.checkpoint_every is None:  # ten whole episodes of each environment at least lie between two
         every = max(100_000, 10 * args.num_envs * eval_env.spec.max_episode_steps)
         args = dataclasses.replace(args, checkpoint_every=every)
     if RANK == 0:
@@ -788,11 +791,14 @@ def main(args: Args) -> Path | None:
     quiet = RANK > 0 or not sys.stderr.isatty()
     progress = tqdm(initial=start_step, total=args.total_timesteps, disable=quiet, unit="step")
     started, signals = time.perf_counter(), []
-    handlers = {signal.SIGINT: signal.signal(signal.SIGINT, signal.SIG_IGN)}
-    envs = make_envs(args)  # between the handlers: Ctrl-C must not end the processes of --async-envs, SIGTERM must
-    handlers[signal.SIGTERM] = signal.getsignal(signal.SIGTERM)
-    for number in handlers:
-        signal.signal(number, lambda number, _: signals.append(number))
+    interrupt = signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the processes of --async-envs inherit that: not they stop
+    try:
+        envs = make_envs(args)
+    finally:
+        signal.signal(signal.SIGINT, interrupt)
+    handlers = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def save():
         wall_time = earlier_time + time.perf_counter() - started

@@ -390,17 +390,20 @@ def describe(args: Args) -> dict:
     changes = git("status", "--porcelain", "--untracked-files=no")
     if changes == "":
         changes = git("status", "--porcelain", "--", Path(__file__).name)  # a new script is not tracked yet
-    gpu, packages = args.device.startswith("cuda"), ("torch", "gymnasium", "mujoco", "numpy", "minatar")
+    gpu, versions = args.device.startswith("cuda"), {"python": platform.python_version()}
     chip = torch.cuda.get_device_name(args.device) if gpu else torch.backends.cpu.get_cpu_capability()
-    installed = ((d.name.lower(), d.version) for d in importlib.metadata.distributions())
-    versions = {name: version for name, version in installed if name in packages}
+    for name in ("gymnasium", "minatar", "mujoco", "numpy", "torch"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
     return {
         "script": SCRIPT,
         "command": shlex.join(["python", *sys.argv]),
         "args": dataclasses.asdict(args),
         "commit": git("rev-parse", "HEAD"),
         "dirty": None if changes is None else bool(changes),
-        "versions": {"python": platform.python_version(), **dict(sorted(versions.items()))},
+        "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
         "processes": int(os.environ.get("WORLD_SIZE", 1)),  # of torchrun
     }

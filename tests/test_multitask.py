@@ -32,12 +32,18 @@ SMALL = {
 STEPS = {name: (small["eval_every"], small["total_timesteps"]) for name, small in SMALL.items()}  # of the evaluations
 
 
+def quick(script_name):
+    """The script with narrower networks, which it measures on fewer states than usual."""
+    module = load(script_name)
+    module.PROBE, module.SAMPLES = (1, 32), 64
+    if script_name.startswith("sac"):
+        module.MoE.__init__.__defaults__ = (32,)  # hidden units
+    return module
+
+
 @pytest.fixture(scope="module", params=MULTITASK)
 def module(request):
-    module = load(request.param)
-    if hasattr(module, "PROBE"):
-        module.PROBE = (1, 32)
-    return module
+    return quick(request.param)
 
 
 def train(module, folder, **changes):
@@ -166,7 +172,7 @@ def test_signal_stops_with_a_checkpoint_and_resume_is_exact(module, tmp_path, mo
 
 def test_sac_plays_the_tasks_as_scheduled(tmp_path):
     """The replay of each task has what was played, also where a task comes back and goes on with its episode."""
-    module = load("sac_moe_multitask")
+    module = quick("sac_moe_multitask")
     for protocol, cycles, counts in (
         ("multitask", 1, [75, 75]),
         ("continual", 1, [75, 75]),
@@ -181,7 +187,7 @@ def test_sac_plays_the_tasks_as_scheduled(tmp_path):
 
 
 def test_continual_sac_learns_from_the_running_task_only_and_starts_each_at_random(tmp_path, monkeypatch):
-    module = load("sac_moe_multitask")
+    module = quick("sac_moe_multitask")
     learned, draw = [], module.draw_batch
     monkeypatch.setattr(module, "draw_batch", lambda b, tasks, size: learned.append(tasks) or draw(b, tasks, size))
     monkeypatch.setattr(module, "measure", lambda *_: [])
