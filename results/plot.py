@@ -143,7 +143,7 @@ def read_run(folder: Path) -> Run:
 
 def natural(path: Path) -> list:
     """Key to sort by: 16 experts come after 2."""
-    return [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", str(path))]
+    return [[int(word) if word.isdigit() else word for word in re.split(r"(\d+)", part)] for part in path.parts]
 
 
 def read_runs(root: Path) -> dict[str, dict[str, list[Run]]]:
@@ -287,7 +287,8 @@ def plot_scalars(labels: dict[str, list[Run]], path: Path):
         for label, look in style(labels).items():
             if name in labels[label][0].scalars:
                 steps = labels[label][0].scalars["global_step"]
-                values = np.stack([run.scalars[name] for run in labels[label]])
+                curves = [(run.scalars["global_step"], run.scalars[name]) for run in labels[label]]
+                values = np.stack([np.interp(steps, *curve) for curve in curves])  # a resumed run has other steps
                 band(axis, steps, values, label, {"color": look["color"]})
         axis.set_title(title, fontsize=8)
         axis.set_xlabel("steps (thousands)", fontsize=8)

@@ -277,9 +277,9 @@ def test_claims_are_compared_seed_by_seed(plot, tmp_path):
 
 
 def test_runs_are_in_their_natural_order(plot, tmp_path):
-    for number in (16, 2, 1):
-        make_run(tmp_path, label=f"mix-{number}")
-    assert list(plot.read_runs(tmp_path / "runs")["Env-v0"]) == ["mix-1", "mix-2", "mix-16"]
+    for label in ("mix-16", "mix-2", "mix"):
+        make_run(tmp_path, label=label)
+    assert list(plot.read_runs(tmp_path / "runs")["Env-v0"]) == ["mix", "mix-2", "mix-16"]
 
 
 def test_plot_without_runs(plot, tmp_path):
