@@ -345,7 +345,7 @@ def episodes(rows: np.ndarray) -> list[np.ndarray]:
 
 def plot_trajectories(labels: dict[str, list[Run]], path: Path):
     """First seed of each label: the policy, then, in rows of their own, the experts of each mixture acting alone."""
-    columns = 4
+    columns = min(max(len(labels), 4), 5)
     panels = [(label, "stochastic", label) for label in labels]
     panels += [None] * (-len(panels) % columns)
     for label, group in labels.items():
@@ -390,7 +390,7 @@ def plot_exploration(labels: dict[str, list[Run]], path: Path):
             rows = rows[rows[:, 1] >= run.info["args"]["learning_starts"], 2:]
             cells.append(len(np.unique(np.floor(rows * 2), axis=0)) / (4 * EDGE) ** 2)
         titles.append(f"{label}\npolicy in {np.mean(cells):.0%} of the cells")
-    columns = min(max(len(labels), 2), 4)
+    columns = min(max(len(labels), 2), 5)
     figure, axes = grid(titles, columns)
     for group, axis in zip(labels.values(), axes, strict=False):
         rows = np.concatenate([run.trajectories["exploration"] for run in group])
