@@ -530,6 +530,7 @@ SCRIPT = Path(__file__).stem
 
 
 def flag(name: str) -> str:
+    """`total_timesteps` -> `--total-timesteps`"""
     return "--" + name.replace("_", "-")
 
 

@@ -17,7 +17,7 @@ Where this differs from the paper:
    entropy of all steps to come is worth up to 2 log 2 / (1 - gamma) = 139 on the default task, which has two action
    dimensions: more than the 100 for reaching the target.
 5. It begins with 10,000 random steps, as Spinning Up does, not with 1,000: the default task's target is rarely met.
-The default task is not the authors': obstacles cost 10, not 100, and the bonus for speed is 0.3, not 0.1 (ours).
+The default task, from the PMOE paper, is made easier: obstacles cost 10, not 100; the bonus for speed is 0.3, not 0.1.
 Letters in the shape comments: B batch, O observation size, A action dimensions, H hidden units.
 """
 
@@ -342,6 +342,7 @@ SCRIPT = Path(__file__).stem
 
 
 def flag(name: str) -> str:
+    """`total_timesteps` -> `--total-timesteps`"""
     return "--" + name.replace("_", "-")
 
 

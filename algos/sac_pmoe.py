@@ -5,7 +5,7 @@ Paper   Ren, Li, Ding, Pan and Dong 2021, "Probabilistic Mixture-of-Experts for 
 Policy  pi(a|s) = sum_k w_k(s) N_k(a|s), N_k: a = tanh(u), u ~ N(mu_k(s), sigma_k(s)^2), k ~ Categorical(w(s)).
 
 Run       python algos/sac_pmoe.py                                 # target-reaching
-          python algos/sac_pmoe.py --env-id HalfCheetah-v5 --num-experts 2 --learning-starts 5000 --alpha-init 1
+          python algos/sac_pmoe.py --env-id HalfCheetah-v5 --num-experts 2 --total-timesteps 1000000 --alpha-init 1
 Resume    python algos/sac_pmoe.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash: the same bits
 Evaluate  python algos/sac_pmoe.py --evaluate runs/NAME --video    # deterministic and stochastic return, a GIF
 
@@ -393,6 +393,7 @@ SCRIPT = Path(__file__).stem
 
 
 def flag(name: str) -> str:
+    """`total_timesteps` -> `--total-timesteps`"""
     return "--" + name.replace("_", "-")
 
 

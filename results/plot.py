@@ -343,6 +343,15 @@ def episodes(rows: np.ndarray) -> list[np.ndarray]:
     return [rows[rows[:, 0] == e] for e in np.unique(rows[:, 0])]
 
 
+def sides(run: Run) -> set[bool]:
+    """Sides of the diagonal on which the stochastic episodes leave the start's corner, each as it gets 4 away."""
+    found = set()
+    for episode in episodes(run.trajectories["stochastic"]):
+        away = episode[np.hypot(*(episode[:, 2:] - START).T) > 4]
+        found |= {bool(away[0, 3] > away[0, 2])} if len(away) else set()
+    return found
+
+
 def plot_trajectories(labels: dict[str, list[Run]], path: Path):
     """First seed of each label: the policy, then, in rows of their own, the experts of each mixture acting alone."""
     columns = min(max(len(labels), 4), 5)
@@ -481,7 +490,10 @@ def section(env: str, labels: dict[str, list[Run]], figures: Path) -> list[str]:
         text += "dot if it reaches the target, else in a cross. Ten stochastic episodes of each policy, then five of "
         text += "each expert acting alone everywhere, with its own noise. One run of each label, its first seed "
         firsts = ", ".join(map(str, sorted({group[0].seed for group in flown.values()})))
-        figure(f"{env}-trajectories", "trajectories", text + f"({firsts}), not a chosen one.")
+        every_run = [run for group in flown.values() for run in group]
+        both = sum(len(sides(run)) == 2 for run in every_run)
+        text += f"({firsts}), not a chosen one. Runs whose ten stochastic episodes pass the obstacles on both sides: "
+        figure(f"{env}-trajectories", "trajectories", f"{text}{both} of {len(every_run)}, all seeds counted.")
     for run in labels.get(PICTURE[1], []) if env == PICTURE[0] else []:
         if run.seed == PICTURE[2]:
             plot_picture(run, figures / f"{env}-experts.png")

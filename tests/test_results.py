@@ -145,13 +145,12 @@ def test_benchmark_leaves_a_run_alone_that_another_process_holds(tmp_path, monke
 
 
 def test_plot_writes_figures_and_a_page_and_repeats_to_the_byte(plot, tmp_path):
-    flight = ["0,0,-4.50,-4.50", "0,4,2.90,3.00"]
+    flight = ["0,0,-4.50,-4.50", "0,2,-2.00,-4.00", "0,3,2.00,-4.00", "0,4,2.90,3.00"]
     panels = {"stochastic": flight, "exploration": ["0,0,-4.50,-4.50", "1,900,1.00,1.00"]}
     for seed in (1, 2, 10):
         make_run(tmp_path, env="Reach", label="sac", seed=seed, success=float(seed == 1), **panels)
-        mix = make_run(
-            tmp_path, env="Reach", label="mix", seed=seed, success=0.0, **panels, expert_0=flight, expert_1=flight
-        )
+        other = {"stochastic": [*flight, "1,0,-4.50,-4.50", "1,4,-4.40,2.00"], "expert_0": flight, "expert_1": flight}
+        mix = make_run(tmp_path, env="Reach", label="mix", seed=seed, success=0.0, **panels | other)
         lines = ["global_step,moe/expert_distance,policy/std", "500,0.5,1", f"1000,{seed / 4},0.3", ""]
         (mix / "scalars.csv").write_text("\n".join(lines))
         make_run(tmp_path, env="Walk", seed=seed)
@@ -184,6 +183,7 @@ def test_plot_writes_figures_and_a_page_and_repeats_to_the_byte(plot, tmp_path):
     assert cells[7:] == ["-", "-", "100", "1.0", "0123456, 0123456+"]
     assert "Seeds of each label: 1, 2, 10." in page
     assert "| 0.33 [0.00, 1.00] |" in page
+    assert "on both sides: 3 of 6, all seeds counted" in page
     assert "| mix | 3 | 0.300 to 0.300 | - | 0.250 to 2.500 | - |" in page
 
 
