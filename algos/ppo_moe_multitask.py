@@ -363,7 +363,7 @@ class Batch(NamedTuple):
 
 
 def draw(logits: torch.Tensor) -> torch.Tensor:
-    """logits (B, A) -> action (B,) ~ softmax; torch.multinomial waits for the GPU."""
+    """logits (B, A) -> action (B,) ~ softmax, as torch.multinomial draws, but without waiting for the GPU."""
     return (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)
 
 

@@ -792,9 +792,7 @@ def main(args: Args) -> Path | None:
     quiet = RANK > 0 or not sys.stderr.isatty()
     progress = tqdm(initial=start_step, total=args.total_timesteps, disable=quiet, unit="step")
     started, signals = time.perf_counter(), []
-    interrupt = signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # the processes of --async-envs inherit that: not they stop
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the processes of --async-envs: Ctrl-C is not theirs
     try:
         envs = make_envs(args)
     finally:

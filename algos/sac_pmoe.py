@@ -262,9 +262,8 @@ class Actor(nn.Module):
     def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (B, O) -> action (B, A) of an expert k ~ w(s), its log-probability under that expert (B,)."""
         mean, log_std, w = self(obs)
-        k = (w / torch.empty_like(w).exponential_()).argmax(
-            1
-        )  # (B,) ~ Categorical(w); torch.multinomial waits for the GPU
+        # k ~ Categorical(w) as torch.multinomial draws it, without its check, which waits for the GPU
+        k = (w / torch.empty_like(w).exponential_()).argmax(1)  # (B,)
         return tanh_gaussian(pick(mean, k), pick(log_std, k))
 
     def mode(self, obs: torch.Tensor) -> torch.Tensor:

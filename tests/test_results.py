@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -126,6 +127,29 @@ def test_suites_only_use_flags_that_their_scripts_have(suite, monkeypatch, capsy
         monkeypatch.setitem(sys.modules, module.SCRIPT, module)  # tyro reads the comments from the source
         args = module.tyro.cli(module.Args, args=words)
         assert decision == "start" and args.seed == 1 and args.run_dir.endswith("/s1")
+
+
+def test_benchmark_writes_what_is_missing_beside_a_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "REPOSITORY", tmp_path)
+    made = []
+
+    def run(command, **_):
+        made.append(command[1])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(benchmark.subprocess, "run", run)
+    for env, inputs, expected in (
+        ("HalfCheetah-v5", ("events.out.tfevents.1", "checkpoint.pt"), ["results/scalars.py"]),
+        ("TargetReaching-v0-fixed", ("checkpoint.pt", "scalars.csv"), ["results/trajectories.py"]),
+        ("TargetReaching-v0-8-tasks", ("events.out.tfevents.1", "checkpoint.pt", "moe.csv"), []),
+        ("Hopper-v5-ppo", ("events.out.tfevents.1", "scalars.csv"), []),
+    ):
+        run_dir = benchmark.RUNS / env / "label" / "s1"
+        (tmp_path / run_dir).mkdir(parents=True)
+        for name in inputs:
+            (tmp_path / run_dir / name).touch()
+        made.clear()
+        assert benchmark.extras(run_dir) and made == expected
 
 
 def test_benchmark_leaves_a_run_alone_that_another_process_holds(tmp_path, monkeypatch):
