@@ -291,7 +291,7 @@ def test_claims_are_compared_seed_by_seed(plot, tmp_path):
     rows = [line for line in (tmp_path / "README.md").read_text().splitlines() if line.startswith("| ")]
     dormant, learns, beats, matters = (
         [row for row in rows if row.startswith(f"| {claim}")]
-        for claim in ("Big", "It learns", "Hardcoded", "The order")
+        for claim in ("Big with Soft MoE has", "Big with Soft MoE learns", "Hardcoded", "The order")
     )
     assert len(dormant) == 2 and all("-0.25 [-0.25, -0.25], 3 seeds | for |" in row for row in dormant)
     assert len(learns) == 2 and all("+0.00 [+0.00, +0.00], 3 seeds | undecided |" in row for row in learns)
