@@ -578,6 +578,7 @@ def plot_tasks(labels: dict[str, list[Run]], path: Path) -> bool:
         for switch in range(1, phases):
             axis.axvline(switch * args["total_timesteps"] / phases / 1000, color="k", linestyle="--", linewidth=0.7)
         axis.set_title(short(task), fontsize=9)
+        axis.axhline(0, color="k", linewidth=0.5)
         if success:
             axis.set_ylim(-0.04, 1.04)
     for axis in axes.flat[len(tasks) :]:
@@ -600,6 +601,7 @@ def plot_networks(labels: dict[str, list[Run]], path: Path):
                 item = "total" if metric.startswith("dormant") else ""
                 curves = [measured(run, network, metric, item) for run in labels[label]]
                 band(axis, curves[0][0], np.stack([values for _, values in curves]), label, look)
+            axis.axhline(0, color="k", linewidth=0.5)
             axis.set_title(f"{network}, {name}", fontsize=9)
     figure.legend(
         *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4, frameon=False, fontsize=8
