@@ -647,7 +647,7 @@ def plot_experts(labels: dict[str, list[Run]], path: Path):
             for (task, expert), weight in np.ndenumerate(weights):
                 if weight >= 0.005:
                     colour = "white" if weight > 0.6 else "black"
-                    text = {"ha": "center", "va": "center", "fontsize": 5, "color": colour}
+                    text = {"ha": "center", "va": "center", "fontsize": 7 if len(groups) < 4 else 5, "color": colour}
                     axis.text(expert, task, f"{weight:.2f}", **text)
     save(figure, path)
 
@@ -739,7 +739,7 @@ def section_of_tasks(env: str, every: dict[str, list[Run]], figures: Path) -> li
         if any(map(has_experts, labels.values())):
             plot_experts(labels, figures / f"{name}-experts.png")
             text = "Share of each expert (columns) in the weights on the states of each task (rows) at the end; first "
-            text += "router of the network, first seed of each label, not a chosen one."
+            text += "router of the network, first seed of each label, not a chosen one. Empty: below 0.005."
             captions[f"{name}-experts"] = f"{text} {commit}"
         for file, caption in captions.items():
             lines += [f"![{file}](figures/{file}.png)", "", f"*{caption}*", ""]
