@@ -296,8 +296,9 @@ def test_claims_are_compared_seed_by_seed(plot, tmp_path):
     assert len(dormant) == 2 and all("-0.25 [-0.25, -0.25], 3 seeds | for |" in row for row in dormant)
     assert len(learns) == 2 and all("+0.00 [+0.00, +0.00], 3 seeds | undecided |" in row for row in learns)
     assert len(beats) == 2 and all("| - | undecided |" in row for row in beats)
-    assert "left: return at the end, given order - reversed | -1.00 [-1.00, -1.00], 3 seeds | for |" in matters[0]
-    assert "right: return at the end, given order - reversed | +1.00 [+1.00, +1.00], 3 seeds | for |" in matters[1]
+    order = "return at the end of its phase, given order - reversed"  # it is the later, the better: seed * step + task
+    assert f"left: {order} | -1167.67 [-2001.00, -501.00], 3 seeds | for |" in matters[0]
+    assert f"right: {order} | +1167.67 [+501.00, +2001.00], 3 seeds | for |" in matters[1]
 
 
 def test_runs_are_in_their_natural_order(plot, tmp_path):
