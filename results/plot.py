@@ -682,15 +682,17 @@ def table_of_phases(labels: dict[str, list[Run]], column: int) -> list[str]:
 def table_of_tasks(labels: dict[str, list[Run]], column: int) -> list[str]:
     """Return (1) or success (2) of each task at the end, and the last of each measurement, actor / critic."""
     args = next(iter(labels.values()))[0].info["args"]
+    continual = args["protocol"] == "continual"  # the mean is then that of what each task had reached in its phase
     heads = ["label", "seeds", *map(short, args["tasks"]), "mean" if column == 2 else "mean / baseline's"]
+    heads[-1] += " at the end of phases" * continual
     heads += ["dormant", "rank", "features", "cosine", "parameters, millions", "active", "steps/s", "commit"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     digits, statistic = (2, mean) if column == 2 else (1, iqm)
-    every = {label: ends_of(group, column) for label, group in labels.items()}
+    every = {label: ends_of(group, column, of_phases=continual) for label, group in labels.items()}
     base = next((statistic(ends) for label, ends in every.items() if label.endswith("baseline")), np.nan)
     for label, group in labels.items():
         ends = every[label]
-        cells = [label, len(group), *(with_interval(end, digits, statistic) for end in ends.T)]
+        cells = [label, len(group), *(with_interval(end, digits, statistic) for end in ends_of(group, column).T)]
         # returns of different games have different units, so each is divided by the baseline's
         cells += [with_interval((ends if column == 2 else ends / base).mean(1), 2, statistic)]
         metrics = (("dormant_0.025", "total", 2), ("rank", "", 0), ("width", "", 0), ("cosine", "", 2))
