@@ -220,7 +220,7 @@ def start(run_dir: Path, decision: str, command: list[str]) -> subprocess.Popen 
 def extras(run_dir: Path) -> bool:
     """Writes what results/plot.py draws beside eval.csv, as far as it is missing; whether that worked."""
     folder, names = REPOSITORY / run_dir, []
-    if any(folder.glob("events.out.tfevents.*")) and not (folder / "moe.csv").exists():
+    if any(folder.glob("events.out.tfevents.*")):
         names.append("scalars")
     if run_dir.parts[-3].startswith(TARGET_REACHING) and (folder / "checkpoint.pt").exists():
         names.append("trajectories")  # of the layout that is drawn

@@ -141,7 +141,7 @@ def test_benchmark_writes_what_is_missing_beside_a_run(tmp_path, monkeypatch):
     for env, inputs, expected in (
         ("HalfCheetah-v5", ("events.out.tfevents.1", "checkpoint.pt"), ["results/scalars.py"]),
         ("TargetReaching-v0-fixed", ("checkpoint.pt", "scalars.csv"), ["results/trajectories.py"]),
-        ("TargetReaching-v0-8-tasks", ("events.out.tfevents.1", "checkpoint.pt", "moe.csv"), []),
+        ("TargetReaching-v0-8-tasks", ("events.out.tfevents.1", "checkpoint.pt", "moe.csv"), ["results/scalars.py"]),
         ("Hopper-v5-ppo", ("events.out.tfevents.1", "scalars.csv"), []),
     ):
         run_dir = benchmark.RUNS / env / "label" / "s1"
@@ -218,6 +218,10 @@ def test_scalars_of_a_run_that_was_resumed(tmp_path):
             for step in range(first, last):
                 writer.add_scalar("policy/std", step + (0.5 if first else 0), step)
                 writer.add_scalar("losses/actor", 1, step)
+                writer.add_scalar("moe/usage_0", 1, step)
+    scalars.main(tmp_path)
+    assert (tmp_path / "scalars.csv").read_text().startswith("global_step,moe/usage_0,policy/std\n")
+    (tmp_path / "moe.csv").touch()  # a run of several tasks
     scalars.main(tmp_path)
     head, *lines = (tmp_path / "scalars.csv").read_text().splitlines()
     rows = [tuple(map(float, line.split(","))) for line in lines]
@@ -285,6 +289,9 @@ def test_claims_are_compared_seed_by_seed(plot, tmp_path):
         for protocol in ("multitask", "continual"):
             for kind, experts in (("baseline", ()), ("softmoe-big", ("actor", "critic"))):
                 make_run_of_tasks(tmp_path, f"{protocol}-{kind}", seed, protocol, experts, env=plot.MINATAR)
+        forgotten = tmp_path / "runs" / plot.MINATAR / "continual-softmoe-big" / f"s{seed}" / "eval.csv"
+        rows = forgotten.read_text().replace(f"1000,deterministic,0,10,{seed * 1000}", "1000,deterministic,0,10,0")
+        forgotten.write_text(rows)  # after its phase, so it does not count
         order = dict(env=f"{plot.MINATAR}-reversed", tasks=["right", "left"], experts=())
         make_run_of_tasks(tmp_path, "continual-baseline", seed, "continual", **order)
     plot.main(tmp_path)
@@ -293,6 +300,7 @@ def test_claims_are_compared_seed_by_seed(plot, tmp_path):
         [row for row in rows if row.startswith(f"| {claim}")]
         for claim in ("Big with Soft MoE has", "Big with Soft MoE learns", "Hardcoded", "The order")
     )
+    assert [row.split(" | ")[4] for row in rows if "continual-softmoe-big | 3" in row] == ["1.00 [0.43, 1.71]"]
     assert len(dormant) == 2 and all("-0.25 [-0.25, -0.25], 3 seeds | for |" in row for row in dormant)
     assert len(learns) == 2 and all("+0.00 [+0.00, +0.00], 3 seeds | undecided |" in row for row in learns)
     assert len(beats) == 2 and all("| - | undecided |" in row for row in beats)
