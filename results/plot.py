@@ -94,10 +94,9 @@ NOTES["TargetReaching-v0-8-tasks"] = """
 Nothing in these layouts is random: all deterministic episodes of one task are one episode, and a seed's success is 0 or
 1 for each task. Layouts 0 to 3 come twice, the second time with inverted actions.
 """
-NOTES |= {
-    f"{task}-v5-ppo": published_ppo(task)
-    for task in ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup")
-}
+EXPERTS = "HalfCheetah-v5-experts"
+MUJOCO = ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup")
+NOTES |= {f"{task}-v5-ppo": published_ppo(task) for task in MUJOCO}
 
 
 class Run(NamedTuple):
@@ -206,6 +205,11 @@ def final(group: list[Run], policy: str, column: int) -> np.ndarray:
     return np.array([run.evals[policy][-1, column] for run in group])
 
 
+def area(group: list[Run]) -> np.ndarray:
+    """That under the deterministic learning curve of every seed, divided by the steps (n,): mean of its evaluations."""
+    return curve(group, 1)[1].mean(1)
+
+
 # Figures
 
 
@@ -269,6 +273,55 @@ def band(axis, steps: np.ndarray, values: np.ndarray, label: str, look: dict, st
     low, high = interval(values, statistic)
     axis.plot(steps / 1000, statistic(values), label=label, markersize=3, **look)
     axis.fill_between(steps / 1000, low, high, color=look["color"], alpha=0.12, linewidth=0)
+
+
+def plot_mujoco(runs: dict[str, dict[str, list[Run]]], path: Path):
+    """PPO's learning curves, a panel for each task, and what CleanRL's documentation has for the last step."""
+    figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 5), layout="constrained")
+    looks = style(dict.fromkeys(sorted({label for labels in runs.values() for label in labels})))
+    for axis, task in zip(axes.flat, MUJOCO, strict=True):
+        for label, group in runs.get(f"{task}-v5-ppo", {}).items():
+            band(axis, *curve(group, 1), label, looks[label])
+        if task in PUBLISHED_PPO[0][-1]:
+            level = float(PUBLISHED_PPO[0][-1][task].split()[0])
+            axis.axhline(level, color="k", linestyle=":", linewidth=1, label="CleanRL, 1M steps, stochastic")
+        axis.set_title(task, fontsize=9)
+        axis.set_xlim(left=0)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    for axis in axes[1]:
+        axis.set_xlabel("steps (thousands)", fontsize=8)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("return of an episode", fontsize=8)
+    found = dict(pair[::-1] for axis in axes.flat for pair in zip(*axis.get_legend_handles_labels(), strict=True))
+    figure.legend(found.values(), found, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def is_experts(label: str) -> bool:
+    """Whether a label only says the number of experts: ppo_pmoe-8."""
+    return label.rpartition("-")[2].isdigit()
+
+
+def plot_number_of_experts(labels: dict[str, list[Run]], path: Path):
+    """Last return and area of the curve over the number of experts K."""
+    figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.8), layout="constrained")
+    numbers = [group[0].info["args"]["num_experts"] for group in labels.values()]
+    for axis, name in zip(axes, ("return at the end", "mean return of a run's evaluations"), strict=True):
+        for number, group in zip(numbers, labels.values(), strict=True):
+            values = final(group, "deterministic", 1) if axis is axes[0] else area(group)
+            middle, (low, high) = iqm(values), interval(values)
+            errors = [[middle - low], [high - middle]]
+            axis.errorbar(number, middle, errors, color=COLOURS[0], marker="_", markersize=12, capsize=3)
+            axis.plot([number] * len(values), values, ".", color="k", markersize=4, alpha=0.6)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(numbers, map(str, numbers))
+        axis.set_ylim(bottom=min(0, axis.get_ylim()[0]))
+        axis.set_xlabel("number of experts K", fontsize=8)
+        axis.set_ylabel(name, fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(alpha=0.3)
+    save(figure, path)
 
 
 LOGGED = {  # curve of scalars.csv -> its name here
@@ -455,7 +508,7 @@ def table(labels: dict[str, list[Run]]) -> list[str]:
             f"{group[0].info['global_step']:,}",
             with_interval(deterministic, 1),
             f"{deterministic.mean():.1f} ± {deterministic.std():.1f}" if len(group) > 1 else "-",
-            with_interval(curve(group, 1)[1].mean(1), 1),
+            with_interval(area(group), 1),
             with_interval(final(group, "stochastic", 1), 1),
             with_interval(final(group, "deterministic", 2), 2, mean),
             with_interval(final(group, "stochastic", 2), 2, mean),
@@ -476,12 +529,18 @@ def section(env: str, labels: dict[str, list[Run]], figures: Path) -> list[str]:
     def figure(name: str, title: str, caption: str):
         drawn.extend([f"![{env}, {title}](figures/{name}.png)", "", f"*{caption} {commit}*", ""])
 
-    plot_curves(labels, figures / f"{env}.png")
-    count = every[0].info["args"]["eval_episodes"]
-    success = "mean of the success, " if np.isfinite(final(every, "deterministic", 2)).all() else ""
-    text = f"{env}: deterministic policy, {count} episodes per evaluation. Lines: {success}interquartile mean (IQM) of "
-    text += f"the return over the seeds; bands: 95% bootstrap intervals. {seeds_of(labels)}"
-    figure(env, "learning curves", text)
+    if env.removesuffix("-v5-ppo") not in MUJOCO:  # those are in one figure of their own
+        plot_curves(labels, figures / f"{env}.png")
+        count = every[0].info["args"]["eval_episodes"]
+        success = "mean of the success, " if np.isfinite(final(every, "deterministic", 2)).all() else ""
+        text = f"{env}: deterministic policy, {count} episodes per evaluation. Lines: {success}interquartile mean "
+        text += f"(IQM) of the return over the seeds; bands: 95% bootstrap intervals. {seeds_of(labels)}"
+        figure(env, "learning curves", text)
+    if all(is_experts(label) for label in labels):
+        plot_number_of_experts(labels, figures / f"{env}-number.png")
+        text = "Return of the deterministic policy at the end, and mean of a run's evaluations, over the number of "
+        text += f"experts: dots are seeds, bars the IQM and its 95% bootstrap interval. {seeds_of(labels)}"
+        figure(f"{env}-number", "number of experts", text)
 
     flown = {label: group for label, group in labels.items() if "stochastic" in group[0].trajectories}
     if flown:
@@ -527,6 +586,34 @@ def section(env: str, labels: dict[str, list[Run]], figures: Path) -> list[str]:
     if env in NOTES:
         lines += [NOTES[env].strip(), ""]
     return lines
+
+
+def section_of_mujoco(runs: dict[str, dict[str, list[Run]]], figures: Path) -> list[str]:
+    """PPO and PPO-PMOE on all MuJoCo tasks: one figure, and a table with a row per task."""
+    plot_mujoco(runs, figures / "MuJoCo-ppo.png")
+    every = [run for labels in runs.values() for group in labels.values() for run in group]
+    lines = ["## PPO on MuJoCo", "", "![PPO on MuJoCo, learning curves](figures/MuJoCo-ppo.png)", ""]
+    text = "Deterministic policy, 5 episodes per evaluation. Lines: interquartile mean (IQM) of the return over the "
+    text += (
+        "seeds; bands: 95% bootstrap intervals. Dotted: what CleanRL's documentation has at a million steps, of the "
+    )
+    text += "stochastic policy. Seeds and commands are in the sections below."
+    lines += [f"*{text} Commit {commits(every)}.*", ""]
+    names = sorted({label for labels in runs.values() for label in labels})
+    lines += ["| task | K | " + " | ".join(f"{name}, {what}" for what in ("return", "area") for name in names)]
+    lines[-1] += " | published, 1M |"
+    lines += ["|---|" + "---:|" * (2 * len(names) + 2)]
+    for task in MUJOCO:
+        labels = runs.get(f"{task}-v5-ppo", {})
+        numbers = {g[0].info["args"]["num_experts"] for g in labels.values() if "num_experts" in g[0].info["args"]}
+        cells = [task, ", ".join(map(str, sorted(numbers))) or "-"]
+        for what in ("return", "area"):
+            for group in map(labels.get, names):
+                values = group and (final(group, "deterministic", 1) if what == "return" else area(group))
+                cells.append(f"{with_interval(values, 0)} ({len(values)})" if group else "-")
+        lines.append("| " + " | ".join([*cells, PUBLISHED_PPO[0][-1].get(task, "-")]) + " |")
+    lines += ["", "Return: deterministic, at a million steps, IQM and 95% interval, in brackets the number of seeds."]
+    return [*lines, "Published: CleanRL's documentation, stochastic, 3 seeds.", ""]
 
 
 # Several tasks: runs of the multi-task scripts, which have a moe.csv
@@ -864,6 +951,12 @@ def main(root: Path):
     if (root / "findings.md").exists():
         lines += [(root / "findings.md").read_text().strip(), ""]
     runs = read_runs(root / "runs")
+    if EXPERTS in runs and "ppo_pmoe-both" in runs.get("HalfCheetah-v5-ppo", {}):  # the same command, so not run twice
+        labels = runs[EXPERTS] | {"ppo_pmoe-8": runs["HalfCheetah-v5-ppo"]["ppo_pmoe-both"]}
+        runs[EXPERTS] = dict(sorted(labels.items(), key=lambda item: natural(Path(item[0]))))
+    mujoco = {env: labels for env, labels in runs.items() if env.removesuffix("-v5-ppo") in MUJOCO}
+    if mujoco:
+        lines += section_of_mujoco(mujoco, figures)
     for env, labels in sorted(runs.items()):
         several = next(iter(labels.values()))[0].moe
         lines += (section_of_tasks if several else section)(env, labels, figures)

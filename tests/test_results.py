@@ -27,7 +27,7 @@ benchmark = load("benchmark", RESULTS)
 script_of = functools.cache(load)
 
 
-def make_run(root, env="Env-v0", label="sac", seed=1, step=1000, total=1000, success=math.nan, **trajectories):
+def make_run(root, env="Env-v0", label="sac", seed=1, step=1000, total=1000, success=math.nan, k=None, **trajectories):
     folder = root / "runs" / env / label / f"s{seed}"
     folder.mkdir(parents=True)
     run = {
@@ -42,6 +42,7 @@ def make_run(root, env="Env-v0", label="sac", seed=1, step=1000, total=1000, suc
         "wall_time": 60.0,
         "steps_per_second": 100.0,
     }
+    run["args"] |= {"num_experts": k} if k else {}
     (folder / "run.json").write_text(json.dumps(run))
     lines = ["global_step,policy,episodes,return,return_std,length,success"]
     lines += [f"{t},deterministic,10,{seed * t},0.0,5.0,{success}" for t in (500, 1000)]
@@ -307,6 +308,33 @@ def test_claims_are_compared_seed_by_seed(plot, tmp_path):
     order = "return at the end of its phase, given order - reversed"  # it is the later, the better: seed * step + task
     assert f"left: {order} | -1167.67 [-2001.00, -501.00], 3 seeds | for |" in matters[0]
     assert f"right: {order} | +1167.67 [+501.00, +2001.00], 3 seeds | for |" in matters[1]
+
+
+def test_plot_of_ppo_on_mujoco_and_of_the_number_of_experts(plot, tmp_path):
+    for seed in (1, 3):
+        make_run(tmp_path, env="HalfCheetah-v5-ppo", label="ppo", seed=seed)
+        make_run(tmp_path, env="HalfCheetah-v5-ppo", label="ppo_pmoe-both", seed=seed, k=8)
+        make_run(tmp_path, env="HalfCheetah-v5-experts", label="ppo_pmoe-16", seed=seed, k=16)
+        make_run(tmp_path, env="HalfCheetah-v5-experts", label="ppo_pmoe-2", seed=seed, k=2)
+    make_run(tmp_path, env="Ant-v5-ppo", label="ppo", seed=2)
+    plot.main(tmp_path)
+    names = ["HalfCheetah-v5-experts-number.png", "HalfCheetah-v5-experts.png", "MuJoCo-ppo.png"]
+    assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == names
+    page = (tmp_path / "README.md").read_text()
+    table = [line for line in page.split("## PPO on MuJoCo")[1].split("\n## ")[0].splitlines() if line.startswith("|")]
+    assert (
+        table[0]
+        == "| task | K | ppo, return | ppo_pmoe-both, return | ppo, area | ppo_pmoe-both, area | published, 1M |"
+    )
+    last, area = "2000 [1000, 3000] (2)", "1500 [750, 2250] (2)"
+    assert table[2] == f"| HalfCheetah | 8 | {last} | {last} | {area} | {area} | 1443 ± 46 |"
+    assert table[5] == "| Ant | - | 2000 (1) | - | 1500 (1) | - | - |"
+    rows = [line for line in page.split("## HalfCheetah-v5-experts")[1].splitlines() if line.startswith("| ppo")]
+    assert [row.split()[1] for row in rows[:3]] == [
+        "ppo_pmoe-2",
+        "ppo_pmoe-8",
+        "ppo_pmoe-16",
+    ]  # 8 from the other folder
 
 
 def test_runs_are_in_their_natural_order(plot, tmp_path):
