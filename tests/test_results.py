@@ -322,19 +322,13 @@ def test_plot_of_ppo_on_mujoco_and_of_the_number_of_experts(plot, tmp_path):
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == names
     page = (tmp_path / "README.md").read_text()
     table = [line for line in page.split("## PPO on MuJoCo")[1].split("\n## ")[0].splitlines() if line.startswith("|")]
-    assert (
-        table[0]
-        == "| task | K | ppo, return | ppo_pmoe-both, return | ppo, area | ppo_pmoe-both, area | published, 1M |"
-    )
-    last, area = "2000 [1000, 3000] (2)", "1500 [750, 2250] (2)"
-    assert table[2] == f"| HalfCheetah | 8 | {last} | {last} | {area} | {area} | 1443 ± 46 |"
-    assert table[5] == "| Ant | - | 2000 (1) | - | 1500 (1) | - | - |"
+    last = "2000 [1000, 3000] | 1800 [900, 2700] | 1500 [750, 2250] | 1443 ± 46 |"  # deterministic, stochastic, area
+    assert table[2] == f"| HalfCheetah | ppo | 1 | 2 | {last}"
+    assert table[3] == f"| HalfCheetah | ppo_pmoe-both | 8 | 2 | {last}"
+    assert table[4:] == ["| Ant | ppo | 1 | 1 | 2000 | 1800 | 1500 | - |"]
     rows = [line for line in page.split("## HalfCheetah-v5-experts")[1].splitlines() if line.startswith("| ppo")]
-    assert [row.split()[1] for row in rows[:3]] == [
-        "ppo_pmoe-2",
-        "ppo_pmoe-8",
-        "ppo_pmoe-16",
-    ]  # 8 from the other folder
+    labels = ["ppo_pmoe-2", "ppo_pmoe-8", "ppo_pmoe-16"]  # 8 from the other folder
+    assert [row.split()[1] for row in rows[:3]] == labels
 
 
 def test_runs_are_in_their_natural_order(plot, tmp_path):
