@@ -596,10 +596,8 @@ def section_of_mujoco(runs: dict[str, dict[str, list[Run]]], figures: Path) -> l
     every = [run for labels in runs.values() for group in labels.values() for run in group]
     lines = ["## PPO on MuJoCo", "", "![PPO on MuJoCo, learning curves](figures/MuJoCo-ppo.png)", ""]
     text = "Deterministic policy, 5 episodes per evaluation. Lines: interquartile mean (IQM) of the return over the "
-    text += (
-        "seeds; bands: 95% bootstrap intervals. Dotted: what CleanRL's documentation has at a million steps, of the "
-    )
-    text += "stochastic policy. Seeds and commands are in the sections below."
+    text += "seeds; bands: 95% bootstrap intervals. Dotted: what CleanRL's documentation has at a million steps, "
+    text += "of the stochastic policy. Seeds and commands are in the sections below."
     lines += [f"*{text} Commit {commits(every)}.*", ""]
     lines += ["| task | label | K | seeds | return, deterministic | return, stochastic | area | published |"]
     lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
@@ -609,12 +607,8 @@ def section_of_mujoco(runs: dict[str, dict[str, list[Run]]], figures: Path) -> l
             columns = final(group, "deterministic", 1), final(group, "stochastic", 1), area(group)
             cells += [*(with_interval(values, 0) for values in columns), PUBLISHED_PPO[0][-1].get(task, "-")]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return [
-        *lines,
-        "",
-        "Published: CleanRL's documentation, PPO, a million steps, stochastic, mean ± std of 3 seeds.",
-        "",
-    ]
+    lines += ["", "Published: CleanRL's documentation, PPO, a million steps, stochastic, mean ± std of 3 seeds.", ""]
+    return lines
 
 
 # Several tasks: runs of the multi-task scripts, which have a moe.csv
