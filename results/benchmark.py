@@ -158,7 +158,11 @@ SUITES |= {
         Suite("TargetReaching-v0-random-ppo", f"{RANDOM} --eval-episodes 50", range(1, 6), {"ppo": "ppo"} | GATES),
     ],
     "ppo-num-experts": [  # 8 is in ppo-mujoco
-        ppo_mujoco("HalfCheetah", {f"ppo_pmoe-{k}": f"ppo_pmoe --num-experts {k}" for k in (1, 2, 4, 16)}, "experts")
+        ppo_mujoco(
+            "HalfCheetah",
+            {f"ppo_pmoe-{k}": f"{GATES['ppo_pmoe-both']} --num-experts {k}" for k in (1, 2, 4, 16)},
+            "experts",
+        )
     ],
     "ppo-gate-gradient": [  # with ppo-mujoco, in whose folders they are, and ppo-target-reaching
         ppo_mujoco(task, {"ppo_pmoe-frequency": experts_of(task, "ppo_pmoe-frequency")})

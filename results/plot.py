@@ -595,8 +595,9 @@ def section_of_mujoco(runs: dict[str, dict[str, list[Run]]], figures: Path) -> l
     plot_mujoco(runs, figures / "MuJoCo-ppo.png")
     every = [run for labels in runs.values() for group in labels.values() for run in group]
     lines = ["## PPO on MuJoCo", "", "![PPO on MuJoCo, learning curves](figures/MuJoCo-ppo.png)", ""]
-    text = "Deterministic policy, 5 episodes per evaluation. Lines: interquartile mean (IQM) of the return over the "
-    text += "seeds; bands: 95% bootstrap intervals. Dotted: what CleanRL's documentation has at a million steps, "
+    count = every[0].info["args"]["eval_episodes"]
+    text = f"Deterministic policy, {count} episodes per evaluation. Lines: interquartile mean (IQM) of the return over "
+    text += "the seeds; bands: 95% bootstrap intervals. Dotted: what CleanRL's documentation has at a million steps, "
     text += "of the stochastic policy. Seeds and commands are in the sections below."
     lines += [f"*{text} Commit {commits(every)}.*", ""]
     lines += ["| task | label | K | seeds | return, deterministic | return, stochastic | area | published |"]
