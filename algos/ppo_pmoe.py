@@ -490,7 +490,8 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     noise = torch.randn(WORLD, *mean.shape, device=mean.device)[RANK]  # as if one process drew for the whole minibatch
     draws = mean + agent.actor.log_std.exp() * noise  # (B, K, A)
     with torch.no_grad():
-        best = agent.q(batch.obs, draws).argmax(1, keepdim=True)  # (B, 1)
+        q = agent.q(batch.obs, draws)  # (B, K)
+        best = q.argmax(1, keepdim=True)  # (B, 1)
         wins = torch.zeros_like(log_w).scatter_(1, best, 1.0)  # one-hot (B, K)
     gate_loss = F.mse_loss(log_w.exp(), wins)
 
@@ -506,6 +507,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
         "losses/gate": gate_loss.detach(),
         "policy/entropy": -log_prob.detach().mean(),  # plus a KL divergence: the actions are of the policy that acted
         "moe/wins": wins.mean(0),  # (K,), how often each expert was the best
+        "moe/q_spread": q.std(1, correction=0).mean(),  # between the draws of one state; Q's error is sqrt(losses/q)
         "log_ratio": log_ratio,
     }
 

@@ -2,8 +2,8 @@
 
 python results/scalars.py results/runs/TargetReaching-v0-fixed/sac_pmoe/s1
 
-TensorBoard's files are too large for a repository; of the curves under policy/ and moe/ this keeps 50 points at most.
-Where the run has a moe.csv, what is under moe/ is there already.
+TensorBoard's files are too large for a repository; of the curves under policy/ and moe/, and of the loss of PPO-PMOE's
+Q-network, this keeps 50 points at most. Where the run has a moe.csv, what is under moe/ is there already.
 """
 
 import csv
@@ -18,7 +18,7 @@ POINTS = 50
 
 def main(run_dir: Path):
     events = EventAccumulator(str(run_dir)).Reload()
-    kinds = ("policy/",) if (run_dir / "moe.csv").exists() else ("policy/", "moe/")
+    kinds = ("policy/",) if (run_dir / "moe.csv").exists() else ("policy/", "moe/", "losses/q")
     names = sorted(tag for tag in events.Tags()["scalars"] if tag.startswith(kinds))
     curves = {name: {event.step: event.value for event in events.Scalars(name)} for name in names}
     steps = sorted(set.intersection(*(set(curve) for curve in curves.values())))

@@ -112,6 +112,7 @@ def test_one_expert_is_ppo(ppo, ppo_pmoe, gate_gradient, ent_coef, monkeypatch):
     for batch in batches:
         expected, metrics = ppo.update(one, batch, args), ppo_pmoe.update(other, batch, pmoe_args)
         assert metrics["losses/gate"] == 0 and metrics["moe/wins"].tolist() == [1.0]
+        assert metrics["moe/q_spread"] == 0
         for key, value in expected.items():
             torch.testing.assert_close(metrics[key], value, rtol=1e-5, atol=1e-5, msg=key)
     for key, value in one.state_dict().items():
@@ -149,6 +150,7 @@ def test_gradients_equal_the_textbook(ppo_pmoe, gate_gradient, monkeypatch):
     loss = loss + ((log_w.exp() - best) ** 2).sum() / (64 * 4)
     loss.backward()
     torch.testing.assert_close(metrics["moe/wins"], best.mean(0))
+    torch.testing.assert_close(metrics["moe/q_spread"], ((q - q.mean(1, keepdim=True)) ** 2).mean(1).sqrt().mean())
     for name, p in agent.actor.named_parameters():
         torch.testing.assert_close(fast[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
 

@@ -218,10 +218,10 @@ def test_scalars_of_a_run_that_was_resumed(tmp_path):
         with SummaryWriter(tmp_path, purge_step=first) as writer:
             for step in range(first, last):
                 writer.add_scalar("policy/std", step + (0.5 if first else 0), step)
-                writer.add_scalar("losses/actor", 1, step)
-                writer.add_scalar("moe/usage_0", 1, step)
+                for name in ("losses/actor", "losses/q", "moe/usage_0"):
+                    writer.add_scalar(name, 1, step)
     scalars.main(tmp_path)
-    assert (tmp_path / "scalars.csv").read_text().startswith("global_step,moe/usage_0,policy/std\n")
+    assert (tmp_path / "scalars.csv").read_text().startswith("global_step,losses/q,moe/usage_0,policy/std\n")
     (tmp_path / "moe.csv").touch()  # a run of several tasks
     scalars.main(tmp_path)
     head, *lines = (tmp_path / "scalars.csv").read_text().splitlines()
