@@ -16,8 +16,8 @@ What differs from ppo.py:
 2. Q(s, a), a network of its own, is fitted to the same on-policy return estimate as V(s).
 3. Gate's loss (frequency approximate gradient): a_k ~ N_k, the best expert is argmax_k Q(s, a_k), and w is pulled to
    its one-hot, hence to the frequency with which each is the best. --gate-gradient both, the default, adds PPO's own
-   gradient. On target reaching, 200,000 steps, either arrived with 3 of 5 seeds, so the default is the form of the
-   co-author's script (below).
+   gradient; ppo is that alone, a mixture without this method, to compare with. On target reaching, 200,000 steps, both
+   and frequency arrived with 3 of 5 seeds, so the default is the form of the co-author's script (below).
 Where this differs from the paper or the authors' code: their release has no PPO, and the paper's own text was not to be
 had. The form is that of a co-author's later script, which is --gate-gradient both. What we chose ourselves:
 1. Deterministic evaluation acts by the mean of the likeliest expert. Gate and Q get normalised observations. Means and
@@ -94,7 +94,7 @@ class Args:
     target_kl: float | None = None  # no further pass over a rollout once a pass has a mean KL divergence above this
     # === end shared ===
     num_experts: int = 4  # K; the paper's Fig. 2: Ant 16, Hopper 12, HalfCheetah and Humanoid 8, others 4
-    gate_gradient: Literal["frequency", "both"] = "both"  # the gate learns by its own loss alone, or by PPO's as well
+    gate_gradient: Literal["frequency", "ppo", "both"] = "both"  # the gate learns by its own loss, by PPO's, or by both
 
 
 # === shared: environment ===
@@ -471,7 +471,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     agent.optimizers[1].descend(q_loss)
 
     mean, log_w, value = agent.actor(batch.obs)  # (B, K, A), (B, K), (B,)
-    policy_log_w = log_w if args.gate_gradient == "both" else log_w.detach()
+    policy_log_w = log_w.detach() if args.gate_gradient == "frequency" else log_w
     log_prob = agent.actor.log_prob(mean, policy_log_w, batch.action)  # (B,)
 
     # Actor: maximise E[min(r A, clip(r, 1 - eps, 1 + eps) A)], r = pi(a|s) / pi_old(a|s).
@@ -495,7 +495,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
         wins = torch.zeros_like(log_w).scatter_(1, best, 1.0)  # one-hot (B, K)
     gate_loss = F.mse_loss(log_w.exp(), wins)
 
-    loss = actor_loss + args.vf_coef * critic_loss + gate_loss
+    loss = actor_loss + args.vf_coef * critic_loss + (args.gate_gradient != "ppo") * gate_loss
     if args.ent_coef:  # maximise H = -sum_k w_k E[log pi(a_k|s)]; K^2 densities
         log_pi = agent.actor.log_prob(mean.unsqueeze(1), policy_log_w.unsqueeze(1), draws)  # (B, K)
         loss += args.ent_coef * (policy_log_w.exp() * log_pi).sum(1).mean()

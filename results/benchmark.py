@@ -137,7 +137,7 @@ PAPER_K = {  # the paper's Fig. 2
     "Humanoid": 8,
     "HumanoidStandup": 4,
 }
-GATES = {f"ppo_pmoe-{gate}": f"ppo_pmoe --gate-gradient {gate}" for gate in ("both", "frequency")}
+GATES = {f"ppo_pmoe-{gate}": f"ppo_pmoe --gate-gradient {gate}" for gate in ("both", "frequency", "ppo")}
 
 
 def ppo_mujoco(task: str, runs: dict[str, str], folder: str = "ppo") -> Suite:
@@ -148,14 +148,15 @@ def experts_of(task: str, label: str) -> str:
     return f"{GATES[label]} --num-experts {PAPER_K[task]}"
 
 
+REACHING = {"ppo": "ppo"} | {label: GATES[label] for label in ("ppo_pmoe-both", "ppo_pmoe-frequency")}
 RANDOM = "--env-id moe_envs:TargetReaching-v0?layout=random --total-timesteps 1000000 --eval-every 50000"
 SUITES |= {
     "ppo-mujoco": [
         ppo_mujoco(task, {"ppo": "ppo", "ppo_pmoe-both": experts_of(task, "ppo_pmoe-both")}) for task in PAPER_K
     ],
     "ppo-target-reaching": [
-        Suite("TargetReaching-v0-fixed-ppo", "--eval-every 10000", range(1, 6), {"ppo": "ppo"} | GATES),
-        Suite("TargetReaching-v0-random-ppo", f"{RANDOM} --eval-episodes 50", range(1, 6), {"ppo": "ppo"} | GATES),
+        Suite("TargetReaching-v0-fixed-ppo", "--eval-every 10000", range(1, 6), REACHING),
+        Suite("TargetReaching-v0-random-ppo", f"{RANDOM} --eval-episodes 50", range(1, 6), REACHING),
     ],
     "ppo-num-experts": [  # 8 is in ppo-mujoco
         ppo_mujoco(
@@ -165,7 +166,7 @@ SUITES |= {
         )
     ],
     "ppo-gate-gradient": [  # with ppo-mujoco, in whose folders they are, and ppo-target-reaching
-        ppo_mujoco(task, {"ppo_pmoe-frequency": experts_of(task, "ppo_pmoe-frequency")})
+        ppo_mujoco(task, {label: experts_of(task, label) for label in ("ppo_pmoe-frequency", "ppo_pmoe-ppo")})
         for task in ("HalfCheetah", "Hopper", "Walker2d")
     ],
 }

@@ -93,7 +93,7 @@ def test_mode_is_the_mean_of_the_likeliest_expert(ppo_pmoe):
 # The update
 
 
-@pytest.mark.parametrize("gate_gradient", ["frequency", "both"])
+@pytest.mark.parametrize("gate_gradient", ["frequency", "ppo", "both"])
 @pytest.mark.parametrize("ent_coef", [0.0, 0.1])
 def test_one_expert_is_ppo(ppo, ppo_pmoe, gate_gradient, ent_coef, monkeypatch):
     """The same losses and ratios, and after several updates the same weights.
@@ -130,7 +130,7 @@ def gradients(module, agent, batch, args, monkeypatch):
     return dict(zip(names, torch.autograd.grad(losses[0], weights), strict=True)), metrics
 
 
-@pytest.mark.parametrize("gate_gradient", ["frequency", "both"])
+@pytest.mark.parametrize("gate_gradient", ["frequency", "ppo", "both"])
 def test_gradients_equal_the_textbook(ppo_pmoe, gate_gradient, monkeypatch):
     args = ppo_pmoe.Args(num_experts=4, gate_gradient=gate_gradient)
     torch.manual_seed(0)
@@ -139,7 +139,7 @@ def test_gradients_equal_the_textbook(ppo_pmoe, gate_gradient, monkeypatch):
     fast, metrics = gradients(ppo_pmoe, agent, batch, args, monkeypatch)
 
     mean, log_w, value = agent.actor(batch.obs)
-    density = mixture(agent.actor, mean, log_w if gate_gradient == "both" else log_w.detach())
+    density = mixture(agent.actor, mean, log_w.detach() if gate_gradient == "frequency" else log_w)
     ratio = (density.log_prob(batch.action) - batch.log_prob).exp()
     loss = -torch.min(ratio * batch.advantage, ratio.clamp(0.8, 1.2) * batch.advantage).mean()
     loss = loss + 0.5 * (value - batch.target).square().mean()
@@ -147,7 +147,8 @@ def test_gradients_equal_the_textbook(ppo_pmoe, gate_gradient, monkeypatch):
     draws = mean + agent.actor.log_std.exp() * torch.randn(64, 4, 2)
     q = torch.stack([agent.q(batch.obs, draws[:, k]) for k in range(4)], 1)
     best = F.one_hot(q.argmax(1), 4).float()
-    loss = loss + ((log_w.exp() - best) ** 2).sum() / (64 * 4)
+    if gate_gradient != "ppo":
+        loss = loss + ((log_w.exp() - best) ** 2).sum() / (64 * 4)
     loss.backward()
     torch.testing.assert_close(metrics["moe/wins"], best.mean(0))
     torch.testing.assert_close(metrics["moe/q_spread"], ((q - q.mean(1, keepdim=True)) ** 2).mean(1).sqrt().mean())
