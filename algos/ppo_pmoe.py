@@ -18,6 +18,7 @@ What differs from ppo.py:
    its one-hot, hence to the frequency with which each is the best. --gate-gradient both, the default, adds PPO's own
    gradient; ppo is that alone, a mixture without this method, to compare with. On target reaching, 200,000 steps, both
    and frequency arrived with 3 of 5 seeds, so the default is the form of the co-author's script (below).
+   --selection means (ours) compares Q(s, mu_k) instead, as sac_pmoe.py does by default.
 Where this differs from the paper or the authors' code: their release has no PPO, and the paper's own text was not to be
 had. The form is that of a co-author's later script, which is --gate-gradient both. What we chose ourselves:
 1. Deterministic evaluation acts by the mean of the likeliest expert. Gate and Q get normalised observations. Means and
@@ -95,6 +96,7 @@ class Args:
     # === end shared ===
     num_experts: int = 4  # K; the paper's Fig. 2: Ant 16, Hopper 12, HalfCheetah and Humanoid 8, others 4
     gate_gradient: Literal["frequency", "ppo", "both"] = "both"  # the gate learns by its own loss, by PPO's, or by both
+    selection: Literal["draws", "means"] = "draws"  # the best expert is the one whose draw, or whose mean, Q prefers
 
 
 # === shared: environment ===
@@ -486,11 +488,11 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     # Critic: minimise E[(V(s) - (A + V_old(s)))^2]
     critic_loss = F.mse_loss(value, batch.target)
 
-    # Gate: minimise the mean over batch and K of (w_k - 1[k = j])^2, j = argmax_k Q(s, a_k), a_k ~ N_k
+    # Gate: minimise the mean over batch and K of (w_k - 1[k = j])^2, j = argmax_k Q(s, a_k), a_k ~ N_k (or a_k = mu_k)
     noise = torch.randn(WORLD, *mean.shape, device=mean.device)[RANK]  # as if one process drew for the whole minibatch
     draws = mean + agent.actor.log_std.exp() * noise  # (B, K, A)
     with torch.no_grad():
-        q = agent.q(batch.obs, draws)  # (B, K)
+        q = agent.q(batch.obs, draws if args.selection == "draws" else mean)  # (B, K)
         best = q.argmax(1, keepdim=True)  # (B, 1)
         wins = torch.zeros_like(log_w).scatter_(1, best, 1.0)  # one-hot (B, K)
     gate_loss = F.mse_loss(log_w.exp(), wins)
@@ -507,7 +509,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
         "losses/gate": gate_loss.detach(),
         "policy/entropy": -log_prob.detach().mean(),  # plus a KL divergence: the actions are of the policy that acted
         "moe/wins": wins.mean(0),  # (K,), how often each expert was the best
-        "moe/q_spread": q.std(1, correction=0).mean(),  # between the draws of one state; Q's error is sqrt(losses/q)
+        "moe/q_spread": q.std(1, correction=0).mean(),  # between the experts in one state; Q's error is sqrt(losses/q)
         "log_ratio": log_ratio,
     }
 

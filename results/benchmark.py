@@ -138,6 +138,7 @@ PAPER_K = {  # the paper's Fig. 2
     "HumanoidStandup": 4,
 }
 GATES = {f"ppo_pmoe-{gate}": f"ppo_pmoe --gate-gradient {gate}" for gate in ("both", "frequency", "ppo")}
+GATES["ppo_pmoe-means"] = f"{GATES['ppo_pmoe-both']} --selection means"
 
 
 def ppo_mujoco(task: str, runs: dict[str, str], folder: str = "ppo") -> Suite:
@@ -166,7 +167,7 @@ SUITES |= {
         )
     ],
     "ppo-gate-gradient": [  # with ppo-mujoco, in whose folders they are, and ppo-target-reaching
-        ppo_mujoco(task, {label: experts_of(task, label) for label in ("ppo_pmoe-frequency", "ppo_pmoe-ppo")})
+        ppo_mujoco(task, {label: experts_of(task, label) for label in GATES if label != "ppo_pmoe-both"})
         for task in ("HalfCheetah", "Hopper", "Walker2d")
     ],
 }

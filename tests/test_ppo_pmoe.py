@@ -131,8 +131,9 @@ def gradients(module, agent, batch, args, monkeypatch):
 
 
 @pytest.mark.parametrize("gate_gradient", ["frequency", "ppo", "both"])
-def test_gradients_equal_the_textbook(ppo_pmoe, gate_gradient, monkeypatch):
-    args = ppo_pmoe.Args(num_experts=4, gate_gradient=gate_gradient)
+@pytest.mark.parametrize("selection", ["draws", "means"])
+def test_gradients_equal_the_textbook(ppo_pmoe, gate_gradient, selection, monkeypatch):
+    args = ppo_pmoe.Args(num_experts=4, gate_gradient=gate_gradient, selection=selection)
     torch.manual_seed(0)
     agent, batch = ppo_pmoe.Agent(3, 2, args), make_batch(ppo_pmoe)
     agent.actor.mean.b.data.normal_()
@@ -144,7 +145,7 @@ def test_gradients_equal_the_textbook(ppo_pmoe, gate_gradient, monkeypatch):
     loss = -torch.min(ratio * batch.advantage, ratio.clamp(0.8, 1.2) * batch.advantage).mean()
     loss = loss + 0.5 * (value - batch.target).square().mean()
     torch.manual_seed(1)
-    draws = mean + agent.actor.log_std.exp() * torch.randn(64, 4, 2)
+    draws = mean + agent.actor.log_std.exp() * torch.randn(64, 4, 2) if selection == "draws" else mean
     q = torch.stack([agent.q(batch.obs, draws[:, k]) for k in range(4)], 1)
     best = F.one_hot(q.argmax(1), 4).float()
     if gate_gradient != "ppo":
