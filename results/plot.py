@@ -287,7 +287,7 @@ def plot_mujoco(runs: dict[str, dict[str, list[Run]]], path: Path):
             band(axis, *curve(group, 1), label, looks[label])
         if task in PUBLISHED_PPO[0][-1]:
             level = float(PUBLISHED_PPO[0][-1][task].split()[0])
-            axis.axhline(level, color="k", linestyle=":", linewidth=1, label="CleanRL, 1M steps, stochastic")
+            axis.axhline(level, color="k", linestyle=":", linewidth=1)
         axis.set_title(task, fontsize=9)
         axis.set_xlim(left=0)
         axis.set_xlabel("steps (thousands)", fontsize=8)
@@ -296,7 +296,8 @@ def plot_mujoco(runs: dict[str, dict[str, list[Run]]], path: Path):
     for axis in axes[:, 0]:
         axis.set_ylabel("return of an episode", fontsize=8)
     found = dict(pair[::-1] for axis in axes.flat for pair in zip(*axis.get_legend_handles_labels(), strict=True))
-    figure.legend(found.values(), found, loc="outside upper center", ncols=4, frameon=False, fontsize=8)
+    found = {label: found[label] for label in looks}
+    figure.legend(found.values(), found, loc="outside upper center", ncols=5, frameon=False, fontsize=8)
     save(figure, path)
 
 
