@@ -158,8 +158,12 @@ def read_runs(root: Path) -> dict[str, dict[str, list[Run]]]:
     for env, labels in runs.items():
         for label, group in labels.items():
             group.sort(key=lambda run: run.seed)
-            if len({json.dumps(protocol(run), sort_keys=True) for run in group}) > 1:
-                sys.exit(f"{env}/{label}: these runs differ in more than the seed; they cannot share a curve")
+            settings = {}
+            for run in group:  # an older run may lack a flag: its script did then what the default does now
+                for name, value in protocol(run).items():
+                    if settings.setdefault(name, value) != value:
+                        both = f"--{name.replace('_', '-')} is {value} and {settings[name]}"
+                        sys.exit(f"{env}/{label}: {both}; runs of one label may differ in nothing but the seed")
     return runs
 
 
@@ -208,6 +212,21 @@ def final(group: list[Run], policy: str, column: int) -> np.ndarray:
 def area(group: list[Run]) -> np.ndarray:
     """That under the deterministic learning curve of every seed, divided by the steps (n,): mean of its evaluations."""
     return curve(group, 1)[1].mean(1)
+
+
+TRAINING = "charts/episodic_return"  # in scalars.csv
+
+
+def training(group: list[Run]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps (T,) and the mean returns of the training episodes since the point before, of every seed (n, T).
+
+    The policy acted stochastically and learned meanwhile. The first point, one rollout, is left out.
+    """
+    steps, curves = group[0].scalars["global_step"][1:], []
+    for run in group:
+        seen = np.isfinite(run.scalars[TRAINING])
+        curves.append(np.interp(steps, run.scalars["global_step"][seen], run.scalars[TRAINING][seen]))
+    return steps, np.stack(curves)
 
 
 # Figures
@@ -275,8 +294,8 @@ def band(axis, steps: np.ndarray, values: np.ndarray, label: str, look: dict, st
     axis.fill_between(steps / 1000, low, high, color=look["color"], alpha=0.12, linewidth=0)
 
 
-def plot_mujoco(runs: dict[str, dict[str, list[Run]]], path: Path):
-    """PPO's learning curves, a panel for each task, and what CleanRL's documentation has for the last step."""
+def plot_mujoco(runs: dict[str, dict[str, list[Run]]], of_training: bool, path: Path):
+    """PPO's learning curves, a panel for each task; of the training episodes with what CleanRL's documentation has."""
     figure, axes = plt.subplots(2, 3, figsize=(WIDTH, 5), layout="constrained")
     looks = style(dict.fromkeys(sorted({label for labels in runs.values() for label in labels})))
     for axis, task in zip(axes.flat, MUJOCO, strict=True):
@@ -284,10 +303,10 @@ def plot_mujoco(runs: dict[str, dict[str, list[Run]]], path: Path):
             axis.axis("off")
             continue
         for label, group in runs[f"{task}-v5-ppo"].items():
-            band(axis, *curve(group, 1), label, looks[label])
-        if task in PUBLISHED_PPO[0][-1]:
-            level = float(PUBLISHED_PPO[0][-1][task].split()[0])
-            axis.axhline(level, color="k", linestyle=":", linewidth=1)
+            look = looks[label] | ({"marker": ""} if of_training else {})
+            band(axis, *(training(group) if of_training else curve(group, 1)), label, look)
+        if of_training and task in PUBLISHED_PPO[0][-1]:
+            axis.axhline(float(PUBLISHED_PPO[0][-1][task].split()[0]), color="k", linestyle=":", linewidth=1)
         axis.set_title(task, fontsize=9)
         axis.set_xlim(left=0)
         axis.set_xlabel("steps (thousands)", fontsize=8)
@@ -592,25 +611,35 @@ def section(env: str, labels: dict[str, list[Run]], figures: Path) -> list[str]:
 
 
 def section_of_mujoco(runs: dict[str, dict[str, list[Run]]], figures: Path) -> list[str]:
-    """PPO and PPO-PMOE on all MuJoCo tasks: one figure, and a table with a row per task."""
-    plot_mujoco(runs, figures / "MuJoCo-ppo.png")
+    """PPO and PPO-PMOE on all MuJoCo tasks: learning curves of both kinds, a table with a row per task and label."""
     every = [run for labels in runs.values() for group in labels.values() for run in group]
-    lines = ["## PPO on MuJoCo", "", "![PPO on MuJoCo, learning curves](figures/MuJoCo-ppo.png)", ""]
-    count = every[0].info["args"]["eval_episodes"]
-    text = f"Deterministic policy, {count} episodes per evaluation. Lines: interquartile mean (IQM) of the return over "
-    text += "the seeds; bands: 95% bootstrap intervals. Dotted: what CleanRL's documentation has at a million steps, "
-    text += "of the stochastic policy. Seeds and commands are in the sections below."
-    lines += [f"*{text} Commit {commits(every)}.*", ""]
-    lines += ["| task | label | K | seeds | return, deterministic | return, stochastic | area | published |"]
-    lines += ["|---|---|---:|---:|---:|---:|---:|---:|"]
+    lines = ["## PPO on MuJoCo", ""]
+    ending = "Lines: interquartile mean (IQM) over the seeds; bands: 95% bootstrap intervals. Seeds and commands are "
+    ending += f"in the sections below. Commit {commits(every)}."
+    for of_training, name, text in (
+        (True, "MuJoCo-ppo-training", "Training episodes: the policy as it acts, stochastic, about 20,000 steps a "
+         "point. Dotted: what CleanRL's documentation has at a million steps, measured like this."),
+        (False, "MuJoCo-ppo", f"Deterministic policy (of a mixture: the mean of its likeliest expert), "
+         f"{every[0].info['args']['eval_episodes']} episodes per evaluation."),
+    ):  # fmt: skip
+        plot_mujoco(runs, of_training, figures / f"{name}.png")
+        alternative = f"PPO on MuJoCo, {'training episodes' if of_training else 'deterministic policy'}"
+        lines += [f"![{alternative}](figures/{name}.png)", "", f"*{text} {ending}*", ""]
+    lines += ["| task | label | K | seeds | deterministic, at the end | its area | training, last 100,000 steps |"]
+    lines[-1] += " its area | published |"
+    lines += ["|---|---|---:|---:|---:|---:|---:|---:|---:|"]
     for task in MUJOCO:
         for label, group in runs.get(f"{task}-v5-ppo", {}).items():
             cells = [task, label, group[0].info["args"].get("num_experts", 1), len(group)]
-            columns = final(group, "deterministic", 1), final(group, "stochastic", 1), area(group)
+            steps, returns = training(group)
+            columns = [final(group, "deterministic", 1), area(group)]
+            columns += [returns[:, steps > steps[-1] - 100_000].mean(1), returns.mean(1)]
             cells += [*(with_interval(values, 0) for values in columns), PUBLISHED_PPO[0][-1].get(task, "-")]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-    lines += ["", "Published: CleanRL's documentation, PPO, a million steps, stochastic, mean ± std of 3 seeds.", ""]
-    return lines
+    text = (
+        "Published: CleanRL's documentation, PPO, a million steps, last 100 training episodes, mean ± std of 3 seeds. "
+    )
+    return [*lines, "", text + "The stochastic policy's return after training is in the sections below.", ""]
 
 
 # Several tasks: runs of the multi-task scripts, which have a moe.csv
@@ -940,14 +969,13 @@ environment and seeds.
 
 
 def main(root: Path):
-    figures = root / "figures"
+    runs, figures = read_runs(root / "runs"), root / "figures"
     figures.mkdir(exist_ok=True)
     for old in figures.glob("*.png"):
         old.unlink()
     lines = [INTRODUCTION.strip(), ""]
     if (root / "findings.md").exists():
         lines += [(root / "findings.md").read_text().strip(), ""]
-    runs = read_runs(root / "runs")
     if EXPERTS in runs and "ppo_pmoe-both" in runs.get("HalfCheetah-v5-ppo", {}):  # the same command, so not run twice
         labels = runs[EXPERTS] | {"ppo_pmoe-8": runs["HalfCheetah-v5-ppo"]["ppo_pmoe-both"]}
         runs[EXPERTS] = dict(sorted(labels.items(), key=lambda item: natural(Path(item[0]))))

@@ -1,5 +1,6 @@
 """The scripts under results/: statistics by hand, what the benchmark decides, and figures that repeat to the byte."""
 
+import csv
 import functools
 import json
 import math
@@ -220,8 +221,12 @@ def test_scalars_of_a_run_that_was_resumed(tmp_path):
                 writer.add_scalar("policy/std", step + (0.5 if first else 0), step)
                 for name in ("losses/actor", "losses/q", "moe/usage_0"):
                     writer.add_scalar(name, 1, step)
+                if step % 2:
+                    writer.add_scalar("charts/episodic_return", step, step)
     scalars.main(tmp_path)
-    assert (tmp_path / "scalars.csv").read_text().startswith("global_step,losses/q,moe/usage_0,policy/std\n")
+    rows = list(csv.reader(open(tmp_path / "scalars.csv")))
+    assert rows[0] == ["global_step", "charts/episodic_return", "losses/q", "moe/usage_0", "policy/std"]
+    assert [row[:2] for row in rows[1:5]] == [["0", "nan"], ["2", "1"], ["5", "4"], ["7", "7"]]  # of 1; 3 and 5; 7
     (tmp_path / "moe.csv").touch()  # a run of several tasks
     scalars.main(tmp_path)
     head, *lines = (tmp_path / "scalars.csv").read_text().splitlines()
@@ -317,15 +322,20 @@ def test_plot_of_ppo_on_mujoco_and_of_the_number_of_experts(plot, tmp_path):
         make_run(tmp_path, env="HalfCheetah-v5-experts", label="ppo_pmoe-16", seed=seed, k=16)
         make_run(tmp_path, env="HalfCheetah-v5-experts", label="ppo_pmoe-2", seed=seed, k=2)
     make_run(tmp_path, env="Ant-v5-ppo", label="ppo", seed=2)
+    for folder in (tmp_path / "runs").glob("*-ppo/*/s*"):  # the last 100,000 steps are two points of three
+        points = ((2048, "nan"), (600_000, 10), (950_000, 20), (1_000_000, int(folder.name[1:]) * 30))
+        lines = ["global_step,charts/episodic_return", *(f"{step},{value}" for step, value in points), ""]
+        (folder / "scalars.csv").write_text("\n".join(lines))
     plot.main(tmp_path)
-    names = ["HalfCheetah-v5-experts-number.png", "HalfCheetah-v5-experts.png", "MuJoCo-ppo.png"]
+    names = ["HalfCheetah-v5-experts-number.png", "HalfCheetah-v5-experts.png"]
+    names += ["MuJoCo-ppo-training.png", "MuJoCo-ppo.png"]
     assert sorted(path.name for path in (tmp_path / "figures").iterdir()) == names
     page = (tmp_path / "README.md").read_text()
     table = [line for line in page.split("## PPO on MuJoCo")[1].split("\n## ")[0].splitlines() if line.startswith("|")]
-    last = "2000 [1000, 3000] | 1800 [900, 2700] | 1500 [750, 2250] | 1443 ± 46 |"  # deterministic, stochastic, area
+    last = "2000 [1000, 3000] | 1500 [750, 2250] | 40 [25, 55] | 30 [20, 40] | 1443 ± 46 |"
     assert table[2] == f"| HalfCheetah | ppo | 1 | 2 | {last}"
     assert table[3] == f"| HalfCheetah | ppo_pmoe-both | 8 | 2 | {last}"
-    assert table[4:] == ["| Ant | ppo | 1 | 1 | 2000 | 1800 | 1500 | - |"]
+    assert table[4:] == ["| Ant | ppo | 1 | 1 | 2000 | 1500 | 40 | 30 | - |"]
     rows = [line for line in page.split("## HalfCheetah-v5-experts")[1].splitlines() if line.startswith("| ppo")]
     labels = ["ppo_pmoe-2", "ppo_pmoe-8", "ppo_pmoe-16"]  # 8 from the other folder
     assert [row.split()[1] for row in rows[:3]] == labels
@@ -342,8 +352,17 @@ def test_plot_without_runs(plot, tmp_path):
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["README.md"]
 
 
+def test_plot_takes_an_older_run_that_lacks_a_flag(plot, tmp_path):
+    for seed, experts in ((1, None), (2, 4), (3, 4)):
+        make_run(tmp_path, seed=seed, k=experts)
+    assert len(plot.read_runs(tmp_path / "runs")["Env-v0"]["sac"]) == 3
+    make_run(tmp_path, seed=4, k=8)
+    with pytest.raises(SystemExit, match="--num-experts is 8 and 4"):
+        plot.read_runs(tmp_path / "runs")
+
+
 def test_plot_refuses_to_mix_protocols(plot, tmp_path):
     make_run(tmp_path, seed=1)
     make_run(tmp_path, seed=2, step=2000, total=2000)
-    with pytest.raises(SystemExit, match="differ in more than the seed"):
+    with pytest.raises(SystemExit, match="Env-v0/sac: --total-timesteps is 2000 and 1000"):
         plot.main(tmp_path)
