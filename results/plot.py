@@ -639,7 +639,7 @@ def section_of_mujoco(runs: dict[str, dict[str, list[Run]]], figures: Path) -> l
     text = (
         "Published: CleanRL's documentation, PPO, a million steps, last 100 training episodes, mean ± std of 3 seeds. "
     )
-    return [*lines, "", text + "The stochastic policy's return after training is in the sections below.", ""]
+    return [*lines, "", text + "The area of training is the mean of its curve.", ""]
 
 
 # Several tasks: runs of the multi-task scripts, which have a moe.csv
