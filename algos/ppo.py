@@ -371,7 +371,7 @@ class Agent(nn.Module):
 
 # === shared: gae ===
 def gae(reward, value, next_value, terminated, done, args: Args) -> torch.Tensor:
-    """Generalised advantage estimate, everything (T, N). A time limit cuts the sum but keeps the value behind it."""
+    """Generalised advantage estimate, all (steps, N). A time limit cuts the sum but keeps the value behind it."""
     delta = reward + args.gamma * (1 - terminated) * next_value - value
     decay = args.gamma * args.gae_lambda * (1 - done)
     advantages, advantage = [], torch.zeros_like(delta[0])

@@ -2,12 +2,12 @@
 
 Paper   Willi, Obando-Ceron, Foerster, Dziugaite and Castro 2024, "Mixture of Experts in a Mixture of RL settings",
         arXiv 2406.18420; before it Obando-Ceron et al. 2024, arXiv 2402.08609, whose code is in Dopamine (labs/moes).
-Layer   Soft MoE (Puigcerver et al. 2023): tokens X (m, d), L = X Phi (m, n p); D = softmax of L over the tokens, C over
-        the slots; S = D^T X, expert i maps its p slots, Y = C f(S). One token: y = sum_i softmax(x Phi)_i f_i(x).
-        topk: of softmax(x Phi) the k largest. hardcoded: y = f_task(x).
+Layer   Soft MoE (Puigcerver et al. 2023): tokens X (m, d), L = X Phi (m, n p); dispatch = softmax of L over the tokens,
+        combine = over the slots; expert i maps its p rows of the slots dispatch^T X, Y = combine f(dispatch^T X).
+        One token: y = sum_i softmax(x Phi)_i f_i(x). topk: the k largest of the softmax. hardcoded: y = f_task(x).
 
 Run       python algos/ppo_moe_multitask.py --actor-moe big --critic-moe big --protocol continual
-          python algos/ppo_moe_multitask.py --tasks freeway seaquest --num-envs 64 --router hardcoded
+          python algos/ppo_moe_multitask.py --tasks freeway seaquest --num-envs 64 --router topk --tokens persamp
 Resume    python algos/ppo_moe_multitask.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash
 Evaluate  python algos/ppo_moe_multitask.py --evaluate runs/NAME --video    # every task, both policies, a GIF
 
@@ -15,28 +15,29 @@ MinAtar (Young and Tian 2019) is a package of its own under GPL-3.0, imported wh
 
 What differs from ppo.py:
 1. Discrete actions and pictures: actor and critic are each a 3x3 convolution to 16 channels (a matmul over the 64
-   patches), 128 units and a head, as is usual for MinAtar. Settings are PureJaxRL's, but 63 environments, not 64: three
-   equal shares. Neither rewards nor observations are normalised, and nothing runs under torchrun.
+   patches), 128 units and a head, as is usual for MinAtar. Neither rewards nor observations are normalised, and
+   nothing runs under torchrun. Settings are PureJaxRL's, except: 63 environments, not 64 (three equal shares);
+   3,024,000 steps, not 10^7; no clipping of the value loss, nor their second factor 1/2. Its games are gymnax's, where
+   the limit of 1,000 steps terminates an episode; here it truncates, and MinAtar's sticky actions stay.
 2. T tasks. multitask: equal shares of the environments. continual: all environments play one task, then the next,
    --cycles times. The weights stay; the learning rate is annealed within each phase, so that every task has the
    same, and Adam starts anew with each: its moments would go on moving an expert whose task is over.
 3. --actor-moe, --critic-moe: baseline; middle (the 128 units), final (the head), all (each layer, each with a router of
    its own) or big (each expert is a whole network, routed by the picture) are mixtures of n experts. Every expert has
-   the width of the layer that it replaces. --match-params divides it by n, or for all and big by the root of n: their
-   matrices shrink at both ends.
+   the width of the layer that it replaces (middle: see 4). --match-params divides it by n, or for all and big by the
+   root of n: their largest matrix shrinks at both ends. All experts together then have about the baseline's parameters.
 4. middle has PerConv tokens by default: each of the 64 cells is a token of 16 channels. An expert is then 16-128-16
    with ReLU, the tokens keep their size and are flattened to 1,024 inputs of the head, as in the code of 2402.08609.
    The baseline's matrix of 1,024 x 128 is gone: 8 experts have 41,078 parameters per actor, the baseline has 132,854.
    --tokens persamp: the token is the sample, and the layer is the baseline's with n experts.
 5. Measured at every evaluation: see measure() and moe.csv.
 Where this differs from the papers: one slot per expert where their code has m / n (--slots 8 is that for n = 8, and the
-run takes three to four times as long). With n p slots in all each cell's output is a mean of n p vectors, so at most
-n p - 1 numbers pass for each of the 64 cells: 2 of 16 with three experts. Padding, the action set, --match-params, the
-order of phases, and annealing and Adam of 2 are ours. PureJaxRL also clips the value loss. Advantages are normalised
-over a minibatch, all its games together, so a game with small rewards has a small part in the actor's gradient; the
-gradients of actor and critic are clipped as one vector. Each expert computes every token, and one that is not chosen
-is weighted 0: nothing is dropped, and no time is saved (topk and hardcoded are slow with PerConv tokens, of which a
-sample has 64: --tokens persamp is for them).
+run takes three to four times as long). A cell's output is a weighted mean of the same n p vectors for all 64 cells of a
+picture, so the cells differ in at most n p - 1 of their 16 dimensions: in 2 with three experts. Padding, action set,
+--match-params, the order of phases, and annealing and Adam of 2 are ours. Advantages are normalised over a minibatch,
+all its games together, so a game with small rewards has a small part in the actor's gradient. Each expert computes
+every token, and one that is not chosen is weighted 0: nothing is dropped, and no time is saved. So topk and hardcoded
+learn about 30 times slower than Soft MoE with PerConv tokens, of which a picture has 64; --tokens persamp is for them.
 Letters in the shape comments: S steps, N environments, B batch, T tasks, C channels, n experts, E = n or 1 experts of a
 layer, m tokens, d inputs and h outputs of a layer.
 """
@@ -65,7 +66,7 @@ from tqdm import tqdm
 
 CHANNELS = {"asterix": 4, "breakout": 4, "freeway": 7, "seaquest": 10, "space_invaders": 6}  # of MinAtar's games
 ACTIONS = 6  # nothing, left, up, right, down, fire: all games take all of them, what a game does not know does nothing
-TIME_LIMIT = 1_000  # steps of an episode
+TIME_LIMIT = 1_000  # steps of an episode, as in gymnax; MinAtar has none
 Architecture = Literal["baseline", "middle", "final", "all", "big"]
 
 
@@ -195,7 +196,7 @@ class Router(nn.Module):
         if self.kind == "topk":
             chosen = torch.zeros_like(w).scatter_(-1, w.topk(self.top_k, -1).indices, 1.0)
             # Fedus et al. 2021: n sum_i (share of samples that go to i) (mean of w_i), which is 1 where all are equal
-            self.balance = self.num_experts * (chosen.mean(-2) / self.top_k * w.mean(-2)).sum(-1).mean()
+            self.balance = self.num_experts * (chosen.mean(-2) / self.top_k * w.mean(-2)).sum()  # of each network
             w = w * chosen
         return w
 
@@ -235,24 +236,24 @@ class TokenMoE(nn.Module):
 
     def forward(self, x: torch.Tensor, task: torch.Tensor, trace: dict | None = None) -> torch.Tensor:
         """X (B, m, d), task (B,) -> Y (B, m, d)."""
-        size, tokens, _ = x.shape
+        batch, tokens, _ = x.shape
         if self.soft:
             # (B, n p, m) in memory: a softmax over a long last dimension is many times faster than over a short one
             logits = (x @ self.phi).transpose(1, 2).contiguous()
             dispatch, combine = logits.softmax(2), logits.softmax(1)
             slots = (dispatch @ x).unflatten(1, (self.num_experts, -1)).transpose(0, 1)  # (n, B, p, d)
             h = self.up(slots.flatten(1, 2)).relu_()  # (n, B p, h)
-            y = self.down(h).unflatten(1, (size, -1)).transpose(0, 1).flatten(1, 2)  # (B, n p, d)
+            y = self.down(h).unflatten(1, (batch, -1)).transpose(0, 1).flatten(1, 2)  # (B, n p, d)
             y = combine.transpose(1, 2) @ y
             if trace is not None:
                 w = combine.mean(2).unflatten(1, (self.num_experts, -1))  # (B, n, p), the mean over the tokens
-                trace |= {"router2": w.sum(2), "layer2": weighted(h, w.transpose(1, 2).flatten(0, 1))}
+                trace |= {"router2": w.sum(2), "layer2": weighted(h, None)}  # of layer2 a slot is a sample
         else:
             w = self.router(x.flatten(0, 1)[None], task.repeat_interleave(tokens))[0]  # (B m, n)
             h = self.up(x.flatten(0, 1)[None]).relu_()  # (n, B m, h)
             y = torch.einsum("bn,nbh->bh", w, self.down(h)).view_as(x)
             if trace is not None:
-                trace |= {"router2": w.view(size, tokens, -1).mean(1), "layer2": weighted(h, w)}
+                trace |= {"router2": w.view(batch, tokens, -1).mean(1), "layer2": weighted(h, w > 0)}
         return y
 
 
@@ -306,7 +307,7 @@ class MoE(nn.Module):
             if layer < 2:
                 x = x.relu_()
                 if trace is not None:  # of the convolution a neuron is a channel, and every position a sample
-                    trace[f"layer{layer + 1}"] = weighted(x, w)
+                    trace[f"layer{layer + 1}"] = weighted(x, None if w is None else w > 0)
             if layer == 0:
                 x = x.unflatten(1, (len(picture), -1)).flatten(2)  # (E, B 64, 16) -> (E, B, 1024)
             if w is not None and (layer == 2 or not self.big):
@@ -409,7 +410,7 @@ def rollout(agent: Agent, games: Games, steps: int, args: Args) -> tuple[Batch, 
 
 # === shared: gae ===
 def gae(reward, value, next_value, terminated, done, args: Args) -> torch.Tensor:
-    """Generalised advantage estimate, everything (T, N). A time limit cuts the sum but keeps the value behind it."""
+    """Generalised advantage estimate, all (steps, N). A time limit cuts the sum but keeps the value behind it."""
     delta = reward + args.gamma * (1 - terminated) * next_value - value
     decay = args.gamma * args.gae_lambda * (1 - done)
     advantages, advantage = [], torch.zeros_like(delta[0])
@@ -536,12 +537,13 @@ def measure(agent: Agent, args: Args, global_step: int) -> list[dict]:
     """Rows of moe.csv, measured on a rollout of all tasks, whichever are trained. Training does not notice.
 
     dormant_TAU    share of dormant neurons, per hidden layer and in total, on the states of each task (column task) and
-                   on all. Of the convolution a neuron is a channel. A neuron of an expert counts as w_i f_i(x), which
-                   is our choice: so an expert without weight is dormant as a whole
+                   on all. Of the convolution a neuron is a channel. topk, hardcoded: a neuron is 0 where its expert is
+                   not chosen, our choice: an expert never chosen is dormant as a whole, and its zeros lower the mean
+                   that tau refers to. So compare routers on all states, or with equal n
     rank, width,   of the penultimate features: what the last layer multiplies by its weights (big: all w_i f_i);
-    norm           effective rank, number, mean norm
+    norm           effective rank (at most the number of states), number, mean norm
     router         mean weight of each task (column task) and expert (column item); topk: 0 where it is not chosen, so a
-                   row sums to less than 1
+                   row sums to less than 1. PerConv: of Soft MoE the mean of combine over the cells
     entropy        mean over a task's states of the entropy of their weights [nats]: 0 is one expert per state. PerConv:
                    of the mean weights of a state's cells
     cosine         between the gradients of two tasks' losses (columns task and item); unlike in training, advantages
@@ -560,6 +562,7 @@ def measure(agent: Agent, args: Args, global_step: int) -> list[dict]:
         games.reset(args, first=10**6, evaluation=True)
         batch, _ = rollout(agent, games, PROBE[1], args)
         parts = [Batch(*(x[batch.task == t] for x in batch)) for t in range(len(args.tasks))]
+        losses = [losses_of(agent, part, args) for part in parts]
         for network in ("actor", "critic"):
             moe, trace = getattr(agent, network), {}
             with torch.no_grad():
@@ -583,8 +586,7 @@ def measure(agent: Agent, args: Args, global_step: int) -> list[dict]:
                         row(network, key.replace("router", "entropy"), entropy_of(w[batch.task == t]), t)
             for item, number in zip(("total", "active"), count_parameters(moe, args), strict=True):
                 row(network, "parameters", number, item=item)
-            losses = [losses_of(agent, part, args)[network == "critic"] for part in parts]
-            table = cosines([gradient(loss, moe) for loss in losses]).tolist()
+            table = cosines([gradient(loss[network == "critic"], moe) for loss in losses]).tolist()
             for j in range(len(parts)):
                 for i in range(j):
                     row(network, "cosine", table[i][j], i, j)
@@ -597,9 +599,12 @@ LIMITS |= {"load_balance": (0, math.inf)}
 
 # === shared: mixture checks ===
 def check_mixture(args: Args):
-    """Exits where tasks, experts and routers do not fit together, or where a flag would have no effect."""
+    """Exits where tasks, experts and routers do not fit together, or where a flag would have no effect.
+
+    --router and --num-experts may stand beside two baselines, so that one command fits all architectures.
+    """
     number, mixed = len(args.tasks), {args.actor_moe, args.critic_moe} - {"baseline"}
-    if args.router == "topk" and args.top_k > args.num_experts:
+    if mixed and args.router == "topk" and args.top_k > args.num_experts:
         fail(f"--top-k {args.top_k}: there are {args.num_experts} experts; lower it or raise --num-experts")
     if mixed and args.router == "hardcoded" and args.num_experts < number:
         fail(f"--num-experts {args.num_experts}: hardcoded routing needs one for each of {number} tasks; raise it")
@@ -879,7 +884,7 @@ def main(args: Args) -> Path:
     agent = Agent(args)
     number, phases = len(args.tasks), len(args.tasks) * args.cycles
     parameters = {key: count_parameters(getattr(agent, key), args) for key in ("actor", "critic")}
-    for network, (total, active) in parameters.items():
+    for network, (total, active) in parameters.items() if not checkpoint else ():
         print(f"{SCRIPT}.py: {network}: {total:,} parameters, {active:,} active for one token")
     global_step, eval_rows, moe_rows, earlier_time = 0, [], [], 0.0
     rollout_steps = args.num_envs * args.num_steps
@@ -896,7 +901,7 @@ def main(args: Args) -> Path:
         torch.set_rng_state(checkpoint["rng"])
         if args.device.startswith("cuda"):
             torch.cuda.set_rng_state(checkpoint["cuda_rng"], args.device)
-        if global_step < args.total_timesteps:  # made longer: what was its end is not one any more
+        if args.total_timesteps > checkpoint["args"]["total_timesteps"]:  # what was the end is not one any more
             eval_rows = [
                 r for r in eval_rows if r["policy"] == "deterministic" and due(args.eval_every, r["global_step"])
             ]

@@ -21,13 +21,12 @@ What differs from sac.py:
    their routers, except from hardcoded routing.
 4. MLP states are one token per sample (PerSamp), for which Soft MoE is the dense gate above. --actor-moe, --critic-moe:
    baseline; middle, final or all layers (each with a router of its own); big: each expert is a whole network. Every
-   expert has the width of the layer that it replaces. --match-params divides it by n, or for all and big by the root of
-   n: their matrices shrink at both ends.
+   expert has the width of the layer that it replaces. --match-params makes them narrower, so that all experts together
+   have as many weights as the baseline.
 5. Measured at every evaluation: see measure() and moe.csv.
 Where this differs from the papers: they do not have SAC; 1 to 3, --match-params and the tasks are ours. Every expert
 computes every sample, and one that is not chosen is weighted 0: nothing is dropped, and no time is saved. Obstacle
-penalty and speed bonus of the layouts, random steps and first temperature are those of sac.py's default task: with an
-obstacle penalty of -100, which is the layouts' own, SAC learned to stand still in a first try.
+penalty and speed bonus of the layouts, random steps and first temperature are those of sac.py's default task.
 Letters in the shape comments: B batch, O observation size, A action dimensions, T tasks, n experts, N networks in one
 batch (2 critics or 1 actor), E = n or 1 experts of a layer, d inputs and h outputs of a layer.
 """
@@ -63,8 +62,8 @@ TARGET = "moe_envs:TargetReaching-v0?layout=task{}&obstacle_penalty=-10&speed_bo
 LAYOUTS = tuple(TARGET.format(i) for i in range(4))
 TASK_SETS = {  # names that --tasks understands
     "target-reaching": LAYOUTS,
-    "target-reaching-inverted": LAYOUTS
-    + tuple(task + "&inverted=True" for task in LAYOUTS),  # same picture, other sign
+    "target-reaching-inverted": LAYOUTS  # the second time the same observations want the opposite actions
+    + tuple(task + "&inverted=True" for task in LAYOUTS),
     "halfcheetah-directions": ("HalfCheetah-v5", "HalfCheetah-v5?forward_reward_weight=-1"),
 }
 Architecture = Literal["baseline", "middle", "final", "all", "big"]
@@ -94,7 +93,7 @@ class Args:
     tau: float = 0.005  # share of the critic that its target takes over per update
     policy_lr: float = 3e-4  # Adam's step size for the actor
     q_lr: float = 3e-4  # Adam's step size for the critics and the temperature
-    alpha_init: float = 0.1  # temperature at the start; see the docstring
+    alpha_init: float = 0.1  # temperature at the start; why, says sac.py's docstring
     # === end shared ===
     protocol: Literal["multitask", "continual"] = "multitask"  # all tasks at once, or one after the other
     cycles: int = 1  # continual: times that the list of tasks is gone through
@@ -102,10 +101,10 @@ class Args:
     actor_moe: Architecture = "big"  # which layers of the actor are mixtures
     critic_moe: Architecture = "big"  # which layers of the critics are mixtures
     router: Literal["softmoe", "topk", "hardcoded"] = "softmoe"  # who weights the experts
-    num_experts: int = 4  # n
+    num_experts: int = 4  # n; the default is one for each of the default tasks
     top_k: int = 1  # topk: experts per sample
     load_balance: float = 0.0  # topk: weight of Switch's load-balancing loss
-    match_params: bool = False  # divide the width of the experts by n (all, big: by its root)
+    match_params: bool = False  # narrower experts, together as many weights as the baseline
 
     def __post_init__(self):
         self.tasks = tuple(env_id for task in self.tasks for env_id in TASK_SETS.get(task, (task,)))
@@ -261,7 +260,7 @@ class Router(nn.Module):
         if self.kind == "topk":
             chosen = torch.zeros_like(w).scatter_(-1, w.topk(self.top_k, -1).indices, 1.0)
             # Fedus et al. 2021: n sum_i (share of samples that go to i) (mean of w_i), which is 1 where all are equal
-            self.balance = self.num_experts * (chosen.mean(-2) / self.top_k * w.mean(-2)).sum(-1).mean()
+            self.balance = self.num_experts * (chosen.mean(-2) / self.top_k * w.mean(-2)).sum()  # of each network
             w = w * chosen
         return w
 
@@ -283,8 +282,12 @@ class MoE(nn.Module):
     def __init__(self, networks: int, inputs: int, outputs: int, architecture: str, args: Args, hidden: int = 256):
         super().__init__()
         mixed, self.networks, self.big = self.MIXED[architecture], networks, architecture == "big"
-        share = args.num_experts if architecture == "middle" else math.sqrt(args.num_experts)
-        narrow = max(round(hidden / share), 1) if args.match_params else hidden
+        narrow = hidden
+        if args.match_params and architecture == "middle":
+            narrow = max(round(hidden / args.num_experts), 1)
+        elif args.match_params:  # h with n (h^2 + e h) = H^2 + e H: a network of width h has h^2 + e h weights
+            e = inputs + outputs
+            narrow = max(round((math.sqrt(e**2 + 4 * (hidden**2 + e * hidden) / args.num_experts) - e) / 2), 1)
         widths = [inputs, *(narrow if layer in mixed else hidden for layer in (0, 1)), outputs]
         self.weights, self.biases, self.routers = nn.ParameterList(), nn.ParameterList(), nn.ModuleDict()
         for layer in range(3):
@@ -312,7 +315,7 @@ class MoE(nn.Module):
             if layer < 2:
                 x = x.relu_()
                 if trace is not None:
-                    trace[f"layer{layer + 1}"] = weighted(x, w)
+                    trace[f"layer{layer + 1}"] = weighted(x, None if w is None else w > 0)
             if w is not None and (layer == 2 or not self.big):
                 x, w = torch.einsum("kbn,knbh->kbh", w, x)[:, None], None  # y = sum_i w_i f_i(x)
         return x[:, 0]
@@ -406,7 +409,10 @@ def descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer):
 
 
 def critic_loss_of(agent: Agent, batch: Batch, task: torch.Tensor, args: Args) -> torch.Tensor:
-    """y = r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha_task log pi(a'|s')), a' ~ pi(.|s'); squared error."""
+    """y = r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha_task log pi(a'|s')), a' ~ pi(.|s'); squared error.
+
+    And the load-balancing loss.
+    """
     with torch.no_grad():
         next_action, next_log_prob = agent.actor.sample(batch.next_obs, task)
         alpha = agent.log_alpha.exp()[task]  # (B,)
@@ -417,7 +423,7 @@ def critic_loss_of(agent: Agent, batch: Batch, task: torch.Tensor, args: Args) -
 
 
 def actor_loss_of(agent: Agent, batch: Batch, task: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
-    """E[alpha_task log pi(a|s) - min_i Q_i(s, a)], a reparameterised; and log pi (B,)."""
+    """E[alpha_task log pi(a|s) - min_i Q_i(s, a)], a reparameterised, and the load-balancing loss; log pi (B,)."""
     action, log_prob = agent.actor.sample(batch.obs, task)
     balance = sum(router.balance for router in agent.actor.moe.routers.values())
     alpha = agent.log_alpha.detach().exp()[task]
@@ -523,10 +529,11 @@ def measure(agent: Agent, buffers: list[ReplayBuffer], args: Args, global_step: 
     """Rows of moe.csv, on states drawn from the replay of the tasks that have one. Training does not notice.
 
     dormant_TAU    share of dormant neurons, per hidden layer and in total, on the states of each task (column task) and
-                   on all. A neuron of an expert counts as w_i f_i(x), which is our choice: so an expert without weight
-                   is dormant as a whole
+                   on all. topk, hardcoded: a neuron is 0 where its expert is not chosen, our choice: an expert never
+                   chosen is dormant as a whole, and its zeros lower the mean that tau refers to. So compare routers on
+                   all states, or with equal n
     rank, width,   of the penultimate features: what the last layer multiplies by its weights (big: all w_i f_i);
-    norm           effective rank, number, mean norm
+    norm           effective rank (at most the number of states), number, mean norm
     router         mean weight of each task (column task) and expert (column item); topk: 0 where it is not chosen, so a
                    row sums to less than 1
     entropy        mean over a task's states of the entropy of their weights [nats]: 0 is one expert per state
@@ -754,9 +761,12 @@ LIMITS |= {"load_balance": (0, math.inf)}
 
 # === shared: mixture checks ===
 def check_mixture(args: Args):
-    """Exits where tasks, experts and routers do not fit together, or where a flag would have no effect."""
+    """Exits where tasks, experts and routers do not fit together, or where a flag would have no effect.
+
+    --router and --num-experts may stand beside two baselines, so that one command fits all architectures.
+    """
     number, mixed = len(args.tasks), {args.actor_moe, args.critic_moe} - {"baseline"}
-    if args.router == "topk" and args.top_k > args.num_experts:
+    if mixed and args.router == "topk" and args.top_k > args.num_experts:
         fail(f"--top-k {args.top_k}: there are {args.num_experts} experts; lower it or raise --num-experts")
     if mixed and args.router == "hardcoded" and args.num_experts < number:
         fail(f"--num-experts {args.num_experts}: hardcoded routing needs one for each of {number} tasks; raise it")
@@ -917,7 +927,7 @@ def main(args: Args) -> Path:
         torch.set_rng_state(checkpoint["rng"])
         if args.device.startswith("cuda"):
             torch.cuda.set_rng_state(checkpoint["cuda_rng"], args.device)
-        if global_step < args.total_timesteps:  # made longer: what was its end is not one any more
+        if args.total_timesteps > checkpoint["args"]["total_timesteps"]:  # what was the end is not one any more
             eval_rows = [
                 r for r in eval_rows if r["policy"] == "deterministic" and r["global_step"] % args.eval_every == 0
             ]

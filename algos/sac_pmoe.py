@@ -85,7 +85,7 @@ class Args:
     tau: float = 0.005  # share of the critic that its target takes over per update
     policy_lr: float = 3e-4  # Adam's step size for the actor
     q_lr: float = 3e-4  # Adam's step size for the critics and the temperature
-    alpha_init: float = 0.1  # temperature at the start; see the docstring
+    alpha_init: float = 0.1  # temperature at the start; why, says sac.py's docstring
     # === end shared ===
     num_experts: int = 4  # K; the paper's Fig. 1: HalfCheetah 2, Humanoid and HumanoidStandup 10
     primitive_update: Literal["max", "all"] = "max"  # back-propagation-max, or -all: every expert learns

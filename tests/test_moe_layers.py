@@ -65,7 +65,7 @@ def test_soft_moe_equals_a_loop_over_experts_and_slots(ppo_moe, slots):
                 share = math.exp(logits[j][s]) / sum(math.exp(logit) for logit in logits[j])
                 y[j] += share * out
                 usage[expert] += share / 6
-            neurons.append(h * sum(math.exp(logits[j][s]) / sum(map(math.exp, logits[j])) for j in range(6)) / 6)
+            neurons.append(h)
         torch.testing.assert_close(result[b], y, rtol=1e-10, atol=1e-10)
         neurons = torch.stack(neurons).view(4, slots, 7).transpose(0, 1).flatten(1)  # of each slot its experts' neurons
         torch.testing.assert_close(trace["layer2"][b * slots : (b + 1) * slots], neurons)
@@ -164,6 +164,19 @@ def test_load_balance_is_one_if_equal_and_n_if_all_go_to_one(either):
     assert router.balance.item() == pytest.approx(1.0)
     router(torch.eye(4)[None, :1].expand(1, 7, 4), None)
     assert router.balance.item() == pytest.approx(4.0)
+
+
+def test_load_balance_of_two_critics_is_the_sum(sac_moe):
+    """Each critic's router has the gradient that it would have alone."""
+    router = sac_moe.Router(2, 4, sac_moe.Args(router="topk", num_experts=4))
+    x = torch.randn(2, 30, 4)
+    router(x, None)
+    (both,) = torch.autograd.grad(router.balance, router.phi)
+    for i in range(2):
+        alone = sac_moe.Router(1, 4, sac_moe.Args(router="topk", num_experts=4))
+        alone.phi.data = router.phi.data[i : i + 1]
+        alone(x[i : i + 1], None)
+        torch.testing.assert_close(both[i : i + 1], torch.autograd.grad(alone.balance, alone.phi)[0])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -266,6 +279,23 @@ def test_measure_of_sac_on_made_networks(sac_moe):
         assert -1 <= value_of(rows, network=network_name, metric="cosine", task=0, item=1) <= 1
 
 
+@pytest.mark.parametrize("router, gain", [("softmoe", 1), ("softmoe", 9), ("topk", 9)])
+def test_a_dormant_neuron_has_a_small_value_whatever_its_experts_weight(either, router, gain):
+    """The experts are alike, their weights are not: no neuron is dormant unless its expert is never chosen."""
+    moe, inputs, parameters = network(either, "big", router=router, num_experts=4)
+    for parameter in parameters:
+        parameter.data.fill_(1e-3)
+    phi = moe.routers["0"].phi.data
+    phi[..., 0], phi[..., 1:] = 0, -gain / phi.shape[1]  # expert 0 has the largest weight
+    inputs, trace = [x.abs() + 0.5 for x in inputs], {}
+    moe(*inputs, torch.zeros(9, dtype=torch.long), trace)
+    w = trace["router1"].flatten(0, -2).mean(0)
+    share = (w == 0).float().mean().item()
+    assert share == (0.75 if router == "topk" else 0.0) and (gain == 1 or w[1:].max() < 0.025)
+    for layer in ("layer1", "layer2"):
+        assert either.dormant(trace[layer].flatten(0, -2), 0.025).float().mean() == share
+
+
 def test_measure_of_sac_sees_equal_and_opposite_tasks(sac_moe):
     """The critic's gradients of two equal tasks have the cosine 1; with the error's other sign it is -1."""
     args = sac_args(sac_moe, "baseline", tasks=2, task_id=False, gamma=0.0)
@@ -366,12 +396,13 @@ def test_parameters_are_counted(sac_moe, ppo_moe):
 
 @pytest.mark.parametrize("architecture", ["middle", "all", "big"])
 def test_match_params_matches_the_baseline(sac_moe, ppo_moe, architecture):
-    """Up to rounding, the routers, and biases and borders of the experts."""
-    for module, arguments in ((sac_moe, (1, 8, 4)), (ppo_moe, (6, 6, 1.0))):
-        args = module.Args(num_experts=4, match_params=True, router="hardcoded", **tokens(module))
-        moe, baseline = (module.MoE(*arguments, name, args) for name in (architecture, "baseline"))
-        ratio = module.count_parameters(moe, args)[0] / module.count_parameters(baseline, args)[0]
-        assert 0.9 < ratio < 1.15, ratio
+    """Up to rounding, the routers, and biases and borders of the experts; also on the 352 inputs of four Humanoids."""
+    for module, arguments in ((sac_moe, (1, 8, 4)), (sac_moe, (1, 352, 34)), (ppo_moe, (6, 6, 1.0))):
+        for n in (2, 4, 8):
+            args = module.Args(num_experts=n, match_params=True, router="hardcoded", **tokens(module))
+            moe, baseline = (module.MoE(*arguments, name, args) for name in (architecture, "baseline"))
+            ratio = module.count_parameters(moe, args)[0] / module.count_parameters(baseline, args)[0]
+            assert 0.9 < ratio < 1.15, ratio
 
 
 # SAC

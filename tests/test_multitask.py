@@ -151,10 +151,13 @@ def test_continual_runs_evaluate_at_the_end_of_each_phase(module, tmp_path):
         assert {int(row["global_step"]) for row in rows_of(run / name)} == {half, end}
 
 
-def test_signal_stops_with_a_checkpoint_and_resume_is_exact(module, tmp_path, monkeypatch, capsys):
-    whole = train(module, tmp_path / "whole", protocol="continual")
+@pytest.mark.parametrize("phase", [0, 1])
+def test_signal_stops_with_a_checkpoint_and_resume_is_exact(module, tmp_path, monkeypatch, capsys, phase):
+    """In the second phase the evaluation at the switch, which --eval-every does not ask for, is already made."""
+    settings = {"protocol": "continual", "eval_every": STEPS[module.SCRIPT][1] // 3}
+    whole = train(module, tmp_path / "whole", **settings)
     update, calls = module.update, []
-    enough = {"sac_moe_multitask": 37, "ppo_moe_multitask": 9}[module.SCRIPT]  # in the first phase
+    enough = {"sac_moe_multitask": (37, 100), "ppo_moe_multitask": (7, 17)}[module.SCRIPT][phase]
 
     def update_then_signal(*arguments):
         calls.append(1)
@@ -164,8 +167,10 @@ def test_signal_stops_with_a_checkpoint_and_resume_is_exact(module, tmp_path, mo
 
     monkeypatch.setattr(module, "update", update_then_signal)
     with pytest.raises(SystemExit) as stop:
-        train(module, tmp_path / "run", protocol="continual")
+        train(module, tmp_path / "run", **settings)
     assert stop.value.code == 128 + signal.SIGTERM and f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
+    steps = {int(row["global_step"]) for row in rows_of(tmp_path / "run" / "eval.csv")}
+    assert (STEPS[module.SCRIPT][0] in steps) == bool(phase)
     module.main(module.Args(resume=str(tmp_path / "run")))
     assert equal(whole, tmp_path / "run")
 
