@@ -19,7 +19,8 @@ What differs from ppo.py:
    the co-author's script (below), adds PPO's own gradient; --gate-gradient ppo is that alone, a mixture without this
    method, to compare with. The returns do not choose: on target reaching `both` and `frequency` arrived with 3 of 5
    seeds, on Walker2d (3 seeds) training episodes ended at 2129 with `both` and 2561 with `ppo`, in wide intervals. But
-   there the gate's entropy fell to half of ln K with `ppo`; else it stayed near ln K: the likeliest expert says little.
+   there the gate's entropy fell to half of ln K with `ppo` and stayed at 98% with `both`, so that its likeliest expert,
+   the deterministic policy, said little of the mixture.
    --selection means (ours) compares Q(s, mu_k) instead of Q(s, a_k), as sac_pmoe.py does by default.
 Where this differs from the paper or the authors' code: their release has no PPO, and the paper's own text was not to be
 had. The form is that of a co-author's later script, which is --gate-gradient both. What we chose ourselves:

@@ -26,11 +26,12 @@ WIDTH = 8  # inches; 1200 pixels, shown at about 800
 RESAMPLES = 10_000
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vPX"
+PPO_LABELS = ("ppo", "ppo_pmoe-both", "ppo_pmoe-frequency", "ppo_pmoe-ppo", "ppo_pmoe-means")  # one look in all figures
 POLICY_STEPS = "#0072B2"
 RANDOM_STEPS = "#BBBBBB"
 
 # The fixed layout of TargetReaching
-START, TARGET, TARGET_RADIUS, EDGE = (-4.5, -4.5), (3, 3), 0.5, 5
+START, TARGET, TARGET_RADIUS, EDGE, TIME_LIMIT = (-4.5, -4.5), (3, 3), 0.5, 5, 300
 OBSTACLES, OBSTACLE_RADIUS = ((-2.5, -2.5), (-3, -0.5), (-0.5, -3)), 0.6
 
 PICTURE = ("TargetReaching-v0-fixed", "sac_pmoe", 5)  # folder, label and seed of the README's picture
@@ -86,6 +87,7 @@ def published_ppo(task: str) -> str:
         "HumanoidStandup": "equal.",
         "Hopper": "equal but for 1 per fall.",
         "Humanoid": "nearly equal, a little less in v5.",
+        "Walker2d": "equal but for 1 per fall, but v4's right foot slides more (friction 0.9, in v5 1.9).",
     }.get(task, "not comparable here.")
     return "\n".join(lines)
 
@@ -240,10 +242,8 @@ def save(figure, path: Path):
 
 def style(labels: dict) -> dict[str, dict]:
     assert len(labels) <= len(COLOURS), f"more labels than colours: {', '.join(labels)}"
-    return {
-        label: {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-        for i, label in enumerate(labels)
-    }
+    order = PPO_LABELS if set(labels) <= set(PPO_LABELS) else list(labels)
+    return {label: {"color": COLOURS[order.index(label)], "marker": MARKERS[order.index(label)]} for label in labels}
 
 
 def plot_curves(labels: dict[str, list[Run]], path: Path):
@@ -254,7 +254,7 @@ def plot_curves(labels: dict[str, list[Run]], path: Path):
     columns = [(1, "return of an episode", iqm)]
     if all(np.isfinite(final(group, "deterministic", 2)).all() for group in labels.values()):
         columns.insert(0, (2, "success", mean))
-    apart = len(labels) > 3  # a panel for each, with its seeds: bands of more would hide each other
+    apart = len(labels) > 2  # a panel for each, with its seeds: bands of more would hide each other
     shape = (len(columns), len(labels)) if apart else (1, len(columns))
     size = (WIDTH, 2 * len(columns) + 0.4 if apart else 3.6)
     figure, axes = plt.subplots(
@@ -290,7 +290,8 @@ def plot_curves(labels: dict[str, list[Run]], path: Path):
 def band(axis, steps: np.ndarray, values: np.ndarray, label: str, look: dict, statistic=iqm):
     """The statistic of values (n, E) over the seeds and its interval."""
     low, high = interval(values, statistic)
-    axis.plot(steps / 1000, statistic(values), label=label, markersize=3, **look)
+    dashes = "-" if len(values) > 1 else "--"
+    axis.plot(steps / 1000, statistic(values), label=label, markersize=3, linestyle=dashes, **look)
     axis.fill_between(steps / 1000, low, high, color=look["color"], alpha=0.12, linewidth=0)
 
 
@@ -314,7 +315,7 @@ def plot_mujoco(runs: dict[str, dict[str, list[Run]]], of_training: bool, path: 
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("return of an episode", fontsize=8)
-    found = dict(pair[::-1] for axis in axes.flat for pair in zip(*axis.get_legend_handles_labels(), strict=True))
+    found = dict(pair[::-1] for axis in axes.flat[::-1] for pair in zip(*axis.get_legend_handles_labels(), strict=True))
     found = {label: found[label] for label in looks}
     figure.legend(found.values(), found, loc="outside upper center", ncols=5, frameon=False, fontsize=8)
     save(figure, path)
@@ -350,8 +351,14 @@ LOGGED = {  # curve of scalars.csv -> its name here
     "policy/std": "sigma",
     "policy/alpha": "temperature",
     "moe/expert_distance": "distance of two experts",
-    "moe/gate_entropy": "entropy of the gate, nats",
+    "moe/gate_entropy": "entropy of the gate / ln K",
 }
+
+
+def logged(run: Run, name: str) -> np.ndarray:
+    """A curve of scalars.csv; the gate's entropy as a share of the largest that K experts can have."""
+    largest = math.log(run.info["args"]["num_experts"]) if name == "moe/gate_entropy" else 1
+    return run.scalars[name] / (largest or 1)  # of one expert it is 0
 
 
 def plot_scalars(labels: dict[str, list[Run]], path: Path):
@@ -362,12 +369,12 @@ def plot_scalars(labels: dict[str, list[Run]], path: Path):
         for label, look in style(labels).items():
             if name in labels[label][0].scalars:
                 steps = labels[label][0].scalars["global_step"]
-                curves = [(run.scalars["global_step"], run.scalars[name]) for run in labels[label]]
+                curves = [(run.scalars["global_step"], logged(run, name)) for run in labels[label]]
                 values = np.stack([np.interp(steps, *curve) for curve in curves])  # a resumed run has other steps
                 band(axis, steps, values, label, {"color": look["color"]})
         axis.set_title(title, fontsize=8)
         axis.set_xlabel("steps (thousands)", fontsize=8)
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.04 if name == "moe/gate_entropy" else None)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
     handles, texts = axes[0, 0].get_legend_handles_labels()
@@ -376,10 +383,11 @@ def plot_scalars(labels: dict[str, list[Run]], path: Path):
 
 
 def table_of_scalars(labels: dict[str, list[Run]]) -> list[str]:
-    """The ends of those curves: lowest to highest of the seeds."""
-    lines = ["| at the end | seeds | " + " | ".join(LOGGED.values()) + " |", "|---" * (2 + len(LOGGED)) + "|"]
+    """The ends of those curves."""
+    lines = ["| at the end, lowest to highest seed | seeds | " + " | ".join(LOGGED.values()) + " |"]
+    lines += ["|---" * (2 + len(LOGGED)) + "|"]
     for label, group in labels.items():
-        ends = [sorted(run.scalars[name][-1] for run in group if name in run.scalars) for name in LOGGED]
+        ends = [sorted(logged(run, name)[-1] for run in group if name in run.scalars) for name in LOGGED]
         cells = [f"{e[0]:.3f} to {e[-1]:.3f}" if len(e) > 1 else f"{e[0]:.3f}" if e else "-" for e in ends]
         lines.append(f"| {label} | {len(group)} | " + " | ".join(cells) + " |")
     return lines
@@ -450,7 +458,7 @@ def plot_picture(run: Run, path: Path):
 
 
 def draw_flights(panels: list[tuple[str, np.ndarray] | None], columns: int, path: Path):
-    """A map for each (title, rows of trajectories.csv); an episode ends in a dot in the target, else in a cross."""
+    """A map for each (title, rows of trajectories.csv); an episode ends in a dot, a cross or a square, see caption."""
     flights = [panel and episodes(panel[1]) for panel in panels]
     titles = [
         panel and f"{panel[0]}\n{sum(map(reached, flown))} of {len(flown)} arrive"
@@ -460,7 +468,10 @@ def draw_flights(panels: list[tuple[str, np.ndarray] | None], columns: int, path
     for flown, axis in zip(flights, axes, strict=False):
         for i, episode in enumerate(flown or []):
             axis.plot(*episode[:, 2:].T, color=plt.cm.viridis(i / len(flown)), linewidth=0.9)
-            axis.plot(*episode[-1, 2:], marker="o" if reached(episode) else "x", color="k", markersize=3, linestyle="")
+            look = {"marker": "o", "color": "k", "markersize": 3}
+            if not reached(episode):
+                look = {"marker": "s" if episode[-1, 1] >= TIME_LIMIT else "X", "color": "#CC0000", "markersize": 5}
+            axis.plot(*episode[-1, 2:], markeredgecolor="w", markeredgewidth=0.5, linestyle="", **look)
     save(figure, path)
 
 
@@ -568,8 +579,9 @@ def section(env: str, labels: dict[str, list[Run]], figures: Path) -> list[str]:
     if flown:
         plot_trajectories(flown, figures / f"{env}-trajectories.png")
         text = "The trained policies in the fixed layout (+ start, green target, grey obstacles). An episode ends in a "
-        text += "dot if it reaches the target, else in a cross. Ten stochastic episodes of each policy, then five of "
-        text += "each expert acting alone everywhere, with its own noise. One run of each label, its first seed "
+        text += "dot in the target, a cross at an obstacle or the wall, a square at the time limit. Ten stochastic "
+        text += "episodes of each policy, then five of each expert acting alone everywhere, with its own noise. "
+        text += "One run of each label, its first seed "
         firsts = ", ".join(map(str, sorted({group[0].seed for group in flown.values()})))
         every_run = [run for group in flown.values() for run in group]
         both = sum(len(sides(run)) == 2 for run in every_run)
@@ -618,7 +630,8 @@ def section_of_mujoco(runs: dict[str, dict[str, list[Run]]], figures: Path) -> l
     ending += f"in the sections below. Commit {commits(every)}."
     for of_training, name, text in (
         (True, "MuJoCo-ppo-training", "Training episodes: the policy as it acts, stochastic, about 20,000 steps a "
-         "point. Dotted: what CleanRL's documentation has at a million steps, measured like this."),
+         "point. Dotted: what CleanRL's documentation has at a million steps, measured like this on v4 (Ant and "
+         "HumanoidStandup: nothing); Walker2d is not quite the same task in v4."),
         (False, "MuJoCo-ppo", f"Deterministic policy (of a mixture: the mean of its likeliest expert), "
          f"{every[0].info['args']['eval_episodes']} episodes per evaluation."),
     ):  # fmt: skip
@@ -636,10 +649,8 @@ def section_of_mujoco(runs: dict[str, dict[str, list[Run]]], figures: Path) -> l
             columns += [returns[:, steps > steps[-1] - 100_000].mean(1), returns.mean(1)]
             cells += [*(with_interval(values, 0) for values in columns), PUBLISHED_PPO[0][-1].get(task, "-")]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
-    text = (
-        "Published: CleanRL's documentation, PPO, a million steps, last 100 training episodes, mean ± std of 3 seeds. "
-    )
-    return [*lines, "", text + "The area of training is the mean of its curve.", ""]
+    text = "Published: CleanRL's documentation, PPO on v4, a million steps, last 100 training episodes, mean ± std of "
+    return [*lines, "", text + "3 seeds. The area of training is the mean of its curve.", ""]
 
 
 # Several tasks: runs of the multi-task scripts, which have a moe.csv
@@ -692,8 +703,7 @@ def plot_tasks(labels: dict[str, list[Run]], path: Path) -> bool:
             axis.axvline(switch * args["total_timesteps"] / phases / 1000, color="k", linestyle="--", linewidth=0.7)
         axis.set_title(short(task), fontsize=9)
         axis.axhline(0, color="k", linewidth=0.5)
-        if success:
-            axis.set_ylim(-0.04, 1.04)
+        axis.set_ylim(*((-0.04, 1.04) if success else (None, max(1, axis.get_ylim()[1]))))
     for axis in axes.flat[len(tasks) :]:
         axis.axis("off")
     axes[0, 0].set_ylabel("success" if success else "return")
@@ -706,7 +716,7 @@ def plot_tasks(labels: dict[str, list[Run]], path: Path) -> bool:
 
 def plot_networks(labels: dict[str, list[Run]], path: Path):
     """Dormant neurons, effective rank and norm of the features over the steps; actors above, critics below."""
-    metrics = {"dormant_0.025": "dormant neurons", "rank": "effective rank", "norm": "norm of the features"}
+    metrics = {"dormant_0.025": "share of dormant neurons", "rank": "effective rank", "norm": "norm of the features"}
     figure, axes = panels(2, 3, 2.4)
     for row, network in zip(axes, ("actor", "critic"), strict=True):
         for axis, (metric, name) in zip(row, metrics.items(), strict=True):
@@ -742,7 +752,8 @@ def has_experts(group: list[Run]) -> bool:
 def plot_experts(labels: dict[str, list[Run]], path: Path):
     """Expert by task at the end, first seed of each label: experts of several seeds have nothing in common."""
     groups = {label: group[0] for label, group in labels.items() if has_experts(group)}
-    figure, axes = plt.subplots(2, max(len(groups), 2), figsize=(WIDTH, 3.6), squeeze=False, layout="constrained")
+    size = (WIDTH if len(groups) > 1 else WIDTH / 2, 3.6)
+    figure, axes = plt.subplots(2, len(groups), figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for row, network in zip(axes, ("actor", "critic"), strict=True):
@@ -756,6 +767,7 @@ def plot_experts(labels: dict[str, list[Run]], path: Path):
             axis.set(xticks=range(run.info["args"]["num_experts"]), yticks=range(len(weights)))
             tasks = map(short, run.info["args"]["tasks"])
             axis.set_yticklabels(tasks if axis is row[0] else [])
+            axis.set_xlabel("expert" if network == "critic" else "", fontsize=7)
             axis.tick_params(labelsize=7)
             for (task, expert), weight in np.ndenumerate(weights):
                 if weight >= 0.005:
@@ -845,10 +857,8 @@ def section_of_tasks(env: str, every: dict[str, list[Run]], figures: Path) -> li
             what = "mean of the success" if success else "interquartile mean of the return"
             text = f"Each task: deterministic policy, {what} over the seeds, 95% bootstrap intervals."
             captions[f"{name}{suffix}"] = f"{text} {seeds_of(some)} {commit}"
-            text = "Dormant neurons (tau 0.025, all hidden layers, on the states of all tasks; a neuron of an expert "
-            text += (
-                "counts with the expert's weight), effective rank (delta 0.01) and norm of what the last layer gets; "
-            )
+            text = "Share of dormant neurons (tau 0.025, all hidden layers, on the states of all tasks; a neuron is 0 "
+            text += "where its expert is not chosen), effective rank (delta 0.01) and norm of the last layer's input: "
             text += f"interquartile mean over the seeds, 95% bootstrap intervals. {seeds_of(some)} {commit}"
             captions[f"{name}{suffix}-networks"] = text
         if any(map(has_experts, labels.values())):
@@ -951,18 +961,20 @@ INTRODUCTION = """
 # Results
 
 `python results/plot.py` writes this page and its figures from `results/runs`; `python results/benchmark.py SUITE` makes
-the runs. Steps are environment steps; the numbers in the tables are those of the last evaluation, which has its own
-environment and seeds.
+the runs. Steps are environment steps, of all tasks together where there are several. The numbers in the tables are
+those of the last evaluation, which has its own environment and seeds, where they do not say otherwise.
 
 * **Return** is the interquartile mean (IQM) over the seeds and its 95% interval. The IQM leaves out the floor(n / 4)
   lowest and highest of n seeds: of 5 the middle three count, with 3 it is the plain mean. The interval is a percentile
-  bootstrap, 10,000 resamples of the seeds within environment and label. ± is the standard deviation over the seeds.
+  bootstrap, 10,000 resamples of the seeds within environment and label; **with 3 seeds it is the lowest and the
+  highest of them.** ± is the standard deviation over the seeds (divided by n).
+* **Training episodes** show the policy as it acts while it learns, stochastic; evaluations are apart from training.
 * **Area** is that under the deterministic learning curve, divided by the steps: the mean of a run's evaluations, which
   are (nearly) equally far apart.
 * **Success** is the plain mean over the seeds and the same kind of interval. It is 0 or 1 for most seeds, and an IQM
   would call 4 of 5 seeds 1.00.
 * With 3 to 5 seeds these intervals are rough and rather too narrow (where all seeds agree they have no width at all):
-  small differences decide nothing. One seed has none, and decides nothing whatever it is.
+  small differences decide nothing. One seed has none, and decides nothing whatever it is: its curves are dashed.
 * **Steps/s** and **minutes** are medians of whole runs, evaluations included, with other runs on the same machine.
   A **commit** with + had uncommitted changes. Under each table is the command of each label's first seed.
 """

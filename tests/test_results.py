@@ -170,6 +170,21 @@ def test_benchmark_leaves_a_run_alone_that_another_process_holds(tmp_path, monke
 # Figures and tables
 
 
+def test_a_label_of_ppo_looks_the_same_in_every_figure(plot):
+    some, every = plot.style({"ppo": [], "ppo_pmoe-ppo": []}), plot.style(dict.fromkeys(plot.PPO_LABELS))
+    assert all(every[label] == look for label, look in some.items())
+    assert len({look["color"] for look in every.values()}) == len(plot.PPO_LABELS)
+
+
+def test_the_gates_entropy_is_a_share_of_the_largest(plot, tmp_path):
+    for label, k, entropy in (("a", 4, math.log(2)), ("b", 1, 0.0)):
+        folder = make_run(tmp_path, label=label, k=k)
+        lines = ["global_step,policy/std,moe/gate_entropy,moe/expert_distance", f"1000,0.3,{entropy},0.2", ""]
+        (folder / "scalars.csv").write_text("\n".join(lines))
+    table = plot.table_of_scalars(plot.read_runs(tmp_path / "runs")["Env-v0"])
+    assert table[2:] == ["| a | 1 | 0.300 | - | 0.200 | 0.500 |", "| b | 1 | 0.300 | - | 0.200 | 0.000 |"]
+
+
 def test_plot_writes_figures_and_a_page_and_repeats_to_the_byte(plot, tmp_path):
     flight = ["0,0,-4.50,-4.50", "0,2,-2.00,-4.00", "0,3,2.00,-4.00", "0,4,2.90,3.00"]
     panels = {"stochastic": flight, "exploration": ["0,0,-4.50,-4.50", "1,900,1.00,1.00"]}
