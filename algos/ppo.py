@@ -14,11 +14,11 @@ What differs from sac.py, besides the algorithm:
    are seeded anew from --seed and the step, so a checkpoint needs no simulator state. --checkpoint-every is thereby
    part of what determines a run, and an interrupted run goes on from its last checkpoint, not from where it stopped.
 2. A run ends with a whole rollout. One that is made longer is not the same as one that was longer from the start: its
-   learning rate rises again.
+   learning rate rises again, and its old end cut off the episodes.
 3. Observations are normalised by moments that belong to the actor, and so to the checkpoint. They take in a rollout
    after it has been learned from: it is acted, valued and learned with the same moments, and the ratio starts at 1 (the
-   first sees raw observations). Rewards are divided by the standard deviation of their discounted sums, which takes
-   the rollout in before, and clipped to +-10.
+   first rollout sees raw observations). Rewards are divided by the standard deviation of their discounted sums, which
+   takes the rollout in before. Both are clipped to +-10.
 4. The default task keeps the environment's own speed bonus of 0.1, where sac.py has 0.3.
 Where this differs from the paper: what is usual since (normalised observations, advantages and rewards, orthogonal
 initialisation, annealed learning rate, clipped gradient). The value loss is the paper's, which Baselines clips.
@@ -67,7 +67,7 @@ class Args:
     evaluate: str | None = None  # folder of a run to evaluate instead of training
     video: bool = False  # with --evaluate: also write video.gif into the run folder
     eval_every: int = 20_000  # steps between evaluations, each at the end of a rollout
-    eval_episodes: int = 10  # episodes per evaluation
+    eval_episodes: int = 10  # episodes per evaluation; --evaluate does not take them from the run
     checkpoint_every: int | None = None  # steps between checkpoints, which end all episodes (default: 100,000 or more)
     device: str = "cpu"  # cpu, cuda or cuda:N
     num_threads: int = 1  # CPU threads of PyTorch
@@ -126,7 +126,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         fail(f"--env-id {env_id}: needs real-valued actions such as Pendulum-v1's, this one has {env.action_space}")
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         fail(f"--env-id {env_id}: action bounds must be finite to be rescaled to [-1, 1], they are {env.action_space}")
-    return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), np.float32(-1), np.float32(1))
+    one = env.action_space.dtype.type(1)
+    return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), -one, one)
 
 
 def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
@@ -172,22 +173,32 @@ class Bare(gym.Wrapper):
     """Copies observations, which some environments change in place, and drops info, which takes time to collect."""
 
     def reset(self, **arguments):
-        return np.array(self.env.reset(**arguments)[0], np.float32), {}
+        return np.array(self.env.reset(**arguments)[0]), {}
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        return np.array(obs, np.float32), reward, terminated, truncated, {}
+        return np.array(obs), reward, terminated, truncated, {}
 
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """This process's share of the environments, actions in [-1, 1]^A; one that ends starts anew in the same step."""
-    spec = dataclasses.replace(make_env(args.env_id).spec, additional_wrappers=(), disable_env_checker=True)
+    spec = make_env(args.env_id).spec
+    wrappers = gym.spec(spec.id).additional_wrappers  # those that it is registered with
+    spec = dataclasses.replace(spec, additional_wrappers=wrappers, disable_env_checker=True)
     count, mode = args.num_envs // WORLD, gym.vector.AutoresetMode.SAME_STEP
-    envs = gym.make_vec(spec, count) if spec.vector_entry_point and not args.async_envs else None  # its own form
+    own_form = spec.vector_entry_point and not wrappers and not args.async_envs
+    envs = gym.make_vec(spec, count) if own_form else None
     if envs is None or envs.metadata.get("autoreset_mode") != mode:
         kind = "async" if args.async_envs else "sync"
         envs = gym.make_vec(spec, count, kind, wrappers=[Bare], vector_kwargs={"autoreset_mode": mode})
-    return gym.wrappers.vector.RescaleAction(envs, np.float32(-1), np.float32(1))
+    one = envs.action_space.dtype.type(1)
+    return gym.wrappers.vector.RescaleAction(envs, -one, one)
+
+
+def require_finite(what: str, *arrays: np.ndarray):
+    """Raises FloatingPointError if a number is not finite. The moments would never recover from one."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise FloatingPointError(f"{what} is not finite")
 
 
 class Sampler:
@@ -213,8 +224,8 @@ class Sampler:
         for t in range(args.num_steps):
             clipped, action = agent.actor.sample(torch.from_numpy(self.obs).to(args.device), noise[t])
             clipped, action = clipped.cpu().numpy(), action.cpu().numpy()
-            if not np.isfinite(action).all():
-                raise FloatingPointError(f"the policy's action is {action}")
+            require_finite("an observation of the environment", self.obs)
+            require_finite("the training has diverged, the policy's action", action)
             obs, reward, terminated, truncated, info = self.envs.step(clipped)
             obs, done = np.array(obs, np.float32), terminated | truncated
             next_obs, ended = obs.copy() if done.any() else obs, np.flatnonzero(done)
@@ -225,6 +236,7 @@ class Sampler:
                 next_obs[i] = info["final_obs"][i]
                 episodes.append((self.returns[i], self.lengths[i]))
                 self.discounted[i] = self.returns[i] = self.lengths[i] = 0
+            require_finite("a reward or observation of the environment", reward, next_obs)
             self.obs = obs
         columns = (np.stack(column).astype(np.float32) for column in zip(*columns, strict=True))
         return Rollout(*(gather(torch.from_numpy(column).to(args.device)) for column in columns)), episodes
@@ -554,7 +566,7 @@ def new_run_dir(args: Args) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         write(run_dir / "run.json", run)
     except OSError as error:
-        fail(f"--run-dir {run_dir}: {error.strerror}; choose a folder that can be written")
+        fail(f"--run-dir {run_dir}: {error.strerror or error}; choose a folder that can be written")
     return run_dir
 
 
@@ -564,6 +576,9 @@ def load_run(option: str, folder: str, name: str) -> tuple[Args, dict]:
         saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
         if saved["script"] != SCRIPT:
             fail(f"{option} {folder}: this run was made by {saved['script']}.py; use that script")
+        missing = ", ".join(flag(f.name) for f in dataclasses.fields(Args) if f.name not in saved["args"])
+        if missing:
+            fail(f"{option} {folder}: the script was another then, without {missing}; use that of run.json's commit")
         return Args(**saved["args"]), saved
     except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
@@ -605,7 +620,7 @@ def write(path: Path, data: bytes | dict):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(getattr(error, "errno", None), f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def write_eval(run_dir: Path, rows: list[dict]):
@@ -776,7 +791,7 @@ def main(args: Args) -> Path | None:
             scalars |= dict(zip(names, value.flatten().tolist(), strict=True))
         for key, value in scalars.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{key} is {value}")
+                raise FloatingPointError(f"the training has diverged, {key} is {value}")
             writer.add_scalar(key, value, global_step)
         if last or due(args.eval_every, global_step):
             for policy in ("deterministic", "stochastic") if last else ("deterministic",):
@@ -824,11 +839,12 @@ def main(args: Args) -> Path | None:
                     128 + number,
                 )
     except FloatingPointError as error:
-        stop(f"{error}, the training has diverged; {name_of_run} keeps its checkpoint", 1)
+        stop(f"{error}; {name_of_run} keeps its checkpoint, but --resume would repeat this", 1)
     except (EOFError, OSError) as error:
         reason, code = f"{error}; what was saved last stands: mend that, then", 1
-        if args.async_envs and isinstance(error, (EOFError, ConnectionError)):
-            for process in envs.unwrapped.processes:  # close() would wait for their answers
+        processes = envs.unwrapped.processes if args.async_envs else []
+        if not all(process.join(0.1) or process.is_alive() for process in processes):
+            for process in processes:  # close() would wait for their answers
                 process.terminate()
             envs.unwrapped.closed = True
             reason = "a process of --async-envs has ended;"
@@ -842,7 +858,8 @@ def main(args: Args) -> Path | None:
             torch.distributed.destroy_process_group()
         progress.close()
         if writer:
-            writer.close()
+            with contextlib.suppress(OSError):  # the disk is full, as was said
+                writer.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if RANK == 0:

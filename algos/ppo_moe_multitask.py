@@ -42,6 +42,7 @@ Letters in the shape comments: S steps, N environments, B batch, T tasks, C chan
 layer, m tokens, d inputs and h outputs of a layer.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -738,7 +739,7 @@ def new_run_dir(args: Args) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         write(run_dir / "run.json", run)
     except OSError as error:
-        fail(f"--run-dir {run_dir}: {error.strerror}; choose a folder that can be written")
+        fail(f"--run-dir {run_dir}: {error.strerror or error}; choose a folder that can be written")
     return run_dir
 
 
@@ -748,6 +749,9 @@ def load_run(option: str, folder: str, name: str) -> tuple[Args, dict]:
         saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
         if saved["script"] != SCRIPT:
             fail(f"{option} {folder}: this run was made by {saved['script']}.py; use that script")
+        missing = ", ".join(flag(f.name) for f in dataclasses.fields(Args) if f.name not in saved["args"])
+        if missing:
+            fail(f"{option} {folder}: the script was another then, without {missing}; use that of run.json's commit")
         return Args(**saved["args"]), saved
     except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
@@ -789,7 +793,7 @@ def write(path: Path, data: bytes | dict):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(getattr(error, "errno", None), f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def write_eval(run_dir: Path, rows: list[dict]):
@@ -944,7 +948,7 @@ def main(args: Args) -> Path:
             scalars[f"charts/episodic_return_{task}"], scalars[f"charts/episodic_length_{task}"] = results
         for key, value in (scalars | {k: v.item() for k, v in metrics.items()}).items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{key} is {value}")
+                raise FloatingPointError(f"the training has diverged, {key} is {value}")
             writer.add_scalar(key, value, global_step)
         if last or switch or due(args.eval_every, global_step):
             for policy in ("deterministic", "stochastic") if last else ("deterministic",):
@@ -996,14 +1000,15 @@ def main(args: Args) -> Path:
                 kind = signal.Signals(signals[0])
                 stop(f"{kind.name}; --resume {run_dir} goes on from its checkpoint of step {saved_step}", 128 + kind)
     except FloatingPointError as error:
-        stop(f"{error}, the training has diverged; {run_dir} keeps its checkpoint", 1)
+        stop(f"{error}; {run_dir} keeps its checkpoint, but --resume would repeat this", 1)
     except OSError as error:
         stop(f"{error}; what was saved last stands: mend that, then --resume {run_dir}", 1)
     finally:
         progress.close()
-        writer.close()
         for kind, handler in handlers.items():
             signal.signal(kind, handler)
+        with contextlib.suppress(OSError):  # the disk is full, as was said
+            writer.close()
     print(f"{SCRIPT}.py: finished at step {global_step}; run folder {run_dir}")
     return run_dir
 

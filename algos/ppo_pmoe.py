@@ -28,7 +28,8 @@ had. The form is that of a co-author's later script, which is --gate-gradient bo
    gate start nearly equal (gain 0.01), as is usual for one Gaussian.
 2. Q gets the actions clipped, as the environment does: what lies outside [-1, 1] has no effect and shall rank nobody.
 3. The entropy bonus, if there is one, is for the mixture's entropy, which has no closed form: -sum_k w_k log pi(a_k|s)
-   with one reparameterised draw of each expert, an unbiased estimate of it and of its gradient.
+   with one reparameterised draw of each expert, an unbiased estimate of it and of its gradient. With --gate-gradient
+   frequency it leaves the gate alone.
 4. Q has its own Adam and its own clipping, so that it does not shorten the policy's gradient.
 Letters in the shape comments: T steps, N environments, B batch, K experts, O observation size, A action dimensions.
 """
@@ -75,7 +76,7 @@ class Args:
     evaluate: str | None = None  # folder of a run to evaluate instead of training
     video: bool = False  # with --evaluate: also write video.gif into the run folder
     eval_every: int = 20_000  # steps between evaluations, each at the end of a rollout
-    eval_episodes: int = 10  # episodes per evaluation
+    eval_episodes: int = 10  # episodes per evaluation; --evaluate does not take them from the run
     checkpoint_every: int | None = None  # steps between checkpoints, which end all episodes (default: 100,000 or more)
     device: str = "cpu"  # cpu, cuda or cuda:N
     num_threads: int = 1  # CPU threads of PyTorch
@@ -137,7 +138,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         fail(f"--env-id {env_id}: needs real-valued actions such as Pendulum-v1's, this one has {env.action_space}")
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         fail(f"--env-id {env_id}: action bounds must be finite to be rescaled to [-1, 1], they are {env.action_space}")
-    return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), np.float32(-1), np.float32(1))
+    one = env.action_space.dtype.type(1)
+    return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), -one, one)
 
 
 def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
@@ -183,22 +185,32 @@ class Bare(gym.Wrapper):
     """Copies observations, which some environments change in place, and drops info, which takes time to collect."""
 
     def reset(self, **arguments):
-        return np.array(self.env.reset(**arguments)[0], np.float32), {}
+        return np.array(self.env.reset(**arguments)[0]), {}
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        return np.array(obs, np.float32), reward, terminated, truncated, {}
+        return np.array(obs), reward, terminated, truncated, {}
 
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """This process's share of the environments, actions in [-1, 1]^A; one that ends starts anew in the same step."""
-    spec = dataclasses.replace(make_env(args.env_id).spec, additional_wrappers=(), disable_env_checker=True)
+    spec = make_env(args.env_id).spec
+    wrappers = gym.spec(spec.id).additional_wrappers  # those that it is registered with
+    spec = dataclasses.replace(spec, additional_wrappers=wrappers, disable_env_checker=True)
     count, mode = args.num_envs // WORLD, gym.vector.AutoresetMode.SAME_STEP
-    envs = gym.make_vec(spec, count) if spec.vector_entry_point and not args.async_envs else None  # its own form
+    own_form = spec.vector_entry_point and not wrappers and not args.async_envs
+    envs = gym.make_vec(spec, count) if own_form else None
     if envs is None or envs.metadata.get("autoreset_mode") != mode:
         kind = "async" if args.async_envs else "sync"
         envs = gym.make_vec(spec, count, kind, wrappers=[Bare], vector_kwargs={"autoreset_mode": mode})
-    return gym.wrappers.vector.RescaleAction(envs, np.float32(-1), np.float32(1))
+    one = envs.action_space.dtype.type(1)
+    return gym.wrappers.vector.RescaleAction(envs, -one, one)
+
+
+def require_finite(what: str, *arrays: np.ndarray):
+    """Raises FloatingPointError if a number is not finite. The moments would never recover from one."""
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise FloatingPointError(f"{what} is not finite")
 
 
 class Sampler:
@@ -224,8 +236,8 @@ class Sampler:
         for t in range(args.num_steps):
             clipped, action = agent.actor.sample(torch.from_numpy(self.obs).to(args.device), noise[t])
             clipped, action = clipped.cpu().numpy(), action.cpu().numpy()
-            if not np.isfinite(action).all():
-                raise FloatingPointError(f"the policy's action is {action}")
+            require_finite("an observation of the environment", self.obs)
+            require_finite("the training has diverged, the policy's action", action)
             obs, reward, terminated, truncated, info = self.envs.step(clipped)
             obs, done = np.array(obs, np.float32), terminated | truncated
             next_obs, ended = obs.copy() if done.any() else obs, np.flatnonzero(done)
@@ -236,6 +248,7 @@ class Sampler:
                 next_obs[i] = info["final_obs"][i]
                 episodes.append((self.returns[i], self.lengths[i]))
                 self.discounted[i] = self.returns[i] = self.lengths[i] = 0
+            require_finite("a reward or observation of the environment", reward, next_obs)
             self.obs = obs
         columns = (np.stack(column).astype(np.float32) for column in zip(*columns, strict=True))
         return Rollout(*(gather(torch.from_numpy(column).to(args.device)) for column in columns)), episodes
@@ -370,7 +383,8 @@ class ActorCritic(nn.Module):
     def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Means over normalised `obs`: sigma, chance of each expert to act, distance between two experts' means."""
         mean, log_w, _ = self(obs)
-        distance = torch.cdist(mean.clamp(-1, 1), mean.clamp(-1, 1))  # (B, K, K), zero on the diagonal
+        means = mean.clamp(-1, 1)  # of 26 and more, cdist would not give 0 on the diagonal without the last argument
+        distance = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")  # (B, K, K)
         return {
             "policy/std": self.log_std.exp().mean(),
             "moe/usage": log_w.exp().mean(0),  # (K,)
@@ -617,7 +631,7 @@ def new_run_dir(args: Args) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         write(run_dir / "run.json", run)
     except OSError as error:
-        fail(f"--run-dir {run_dir}: {error.strerror}; choose a folder that can be written")
+        fail(f"--run-dir {run_dir}: {error.strerror or error}; choose a folder that can be written")
     return run_dir
 
 
@@ -627,6 +641,9 @@ def load_run(option: str, folder: str, name: str) -> tuple[Args, dict]:
         saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
         if saved["script"] != SCRIPT:
             fail(f"{option} {folder}: this run was made by {saved['script']}.py; use that script")
+        missing = ", ".join(flag(f.name) for f in dataclasses.fields(Args) if f.name not in saved["args"])
+        if missing:
+            fail(f"{option} {folder}: the script was another then, without {missing}; use that of run.json's commit")
         return Args(**saved["args"]), saved
     except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
@@ -668,7 +685,7 @@ def write(path: Path, data: bytes | dict):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(getattr(error, "errno", None), f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def write_eval(run_dir: Path, rows: list[dict]):
@@ -839,7 +856,7 @@ def main(args: Args) -> Path | None:
             scalars |= dict(zip(names, value.flatten().tolist(), strict=True))
         for key, value in scalars.items():
             if not math.isfinite(value):
-                raise FloatingPointError(f"{key} is {value}")
+                raise FloatingPointError(f"the training has diverged, {key} is {value}")
             writer.add_scalar(key, value, global_step)
         if last or due(args.eval_every, global_step):
             for policy in ("deterministic", "stochastic") if last else ("deterministic",):
@@ -887,11 +904,12 @@ def main(args: Args) -> Path | None:
                     128 + number,
                 )
     except FloatingPointError as error:
-        stop(f"{error}, the training has diverged; {name_of_run} keeps its checkpoint", 1)
+        stop(f"{error}; {name_of_run} keeps its checkpoint, but --resume would repeat this", 1)
     except (EOFError, OSError) as error:
         reason, code = f"{error}; what was saved last stands: mend that, then", 1
-        if args.async_envs and isinstance(error, (EOFError, ConnectionError)):
-            for process in envs.unwrapped.processes:  # close() would wait for their answers
+        processes = envs.unwrapped.processes if args.async_envs else []
+        if not all(process.join(0.1) or process.is_alive() for process in processes):
+            for process in processes:  # close() would wait for their answers
                 process.terminate()
             envs.unwrapped.closed = True
             reason = "a process of --async-envs has ended;"
@@ -905,7 +923,8 @@ def main(args: Args) -> Path | None:
             torch.distributed.destroy_process_group()
         progress.close()
         if writer:
-            writer.close()
+            with contextlib.suppress(OSError):  # the disk is full, as was said
+                writer.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if RANK == 0:

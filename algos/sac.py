@@ -23,6 +23,7 @@ Letters in the shape comments: B batch, O observation size, A action dimensions,
 
 # === shared: imports ===
 import ast
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -61,7 +62,7 @@ class Args:
     evaluate: str | None = None  # folder of a run to evaluate instead of training
     video: bool = False  # with --evaluate: also write video.gif into the run folder
     eval_every: int = 5_000  # steps between evaluations
-    eval_episodes: int = 10  # episodes per evaluation
+    eval_episodes: int = 10  # episodes per evaluation; --evaluate does not take them from the run
     checkpoint_every: int = 10_000  # steps between checkpoints
     device: str = "cpu"  # cpu, cuda or cuda:N
     num_threads: int = 2  # CPU threads of PyTorch; 1 where another run needs the other core
@@ -115,7 +116,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         fail(f"--env-id {env_id}: needs real-valued actions such as Pendulum-v1's, this one has {env.action_space}")
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         fail(f"--env-id {env_id}: action bounds must be finite to be rescaled to [-1, 1], they are {env.action_space}")
-    return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), np.float32(-1), np.float32(1))
+    one = env.action_space.dtype.type(1)
+    return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), -one, one)
 
 
 def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
@@ -320,8 +322,9 @@ LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1),
 
 def check_sizes(args: Args, env: gym.Env):
     """Exits if nothing would be learned, or if the replay, twice for a checkpoint, cannot fit the device's memory."""
-    if args.total_timesteps < args.learning_starts:
-        fail(f"--total-timesteps {args.total_timesteps}: less than --learning-starts {args.learning_starts}; give more")
+    if args.total_timesteps // args.update_every * args.update_every < max(args.learning_starts, 1):
+        others = f"--learning-starts {args.learning_starts} and --update-every {args.update_every}"
+        fail(f"--total-timesteps {args.total_timesteps}: no update would come with {others}; give more")
     needed = 2 * args.buffer_size * (4 * (env.observation_space.shape[0] + env.action_space.shape[0] + 2) + 8)
     if args.device.startswith("cuda"):
         memory = torch.cuda.get_device_properties(args.device).total_memory
@@ -422,7 +425,7 @@ def new_run_dir(args: Args) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         write(run_dir / "run.json", run)
     except OSError as error:
-        fail(f"--run-dir {run_dir}: {error.strerror}; choose a folder that can be written")
+        fail(f"--run-dir {run_dir}: {error.strerror or error}; choose a folder that can be written")
     return run_dir
 
 
@@ -432,6 +435,9 @@ def load_run(option: str, folder: str, name: str) -> tuple[Args, dict]:
         saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
         if saved["script"] != SCRIPT:
             fail(f"{option} {folder}: this run was made by {saved['script']}.py; use that script")
+        missing = ", ".join(flag(f.name) for f in dataclasses.fields(Args) if f.name not in saved["args"])
+        if missing:
+            fail(f"{option} {folder}: the script was another then, without {missing}; use that of run.json's commit")
         return Args(**saved["args"]), saved
     except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
@@ -473,7 +479,7 @@ def write(path: Path, data: bytes | dict):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(getattr(error, "errno", None), f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def write_eval(run_dir: Path, rows: list[dict]):
@@ -627,7 +633,7 @@ def main(args: Args) -> Path:
         print(f"{SCRIPT}.py: step {global_step}: {reason}", file=sys.stderr)
         raise SystemExit(code)
 
-    losses = {}
+    losses, keeps = {}, f"{run_dir} keeps its checkpoint, but --resume would repeat this"
     try:
         if checkpoint:
             note_resume(run_dir, args, global_step)
@@ -638,9 +644,11 @@ def main(args: Args) -> Path:
             else:
                 action = act(lambda x: agent.actor.sample(x)[0], obs, args.device)
             if not np.isfinite(action).all():
-                stop(f"the policy's action is {action}, the training has diverged; {run_dir} keeps its checkpoint", 1)
+                stop(f"the training has diverged, the policy's action is not finite; {keeps}", 1)
             next_obs, reward, terminated, truncated, info = env.step(action)
             next_obs, terminated, done = np.array(next_obs, np.float32), bool(terminated), bool(terminated or truncated)
+            if not (np.isfinite(next_obs).all() and math.isfinite(reward)):  # before the replay keeps it
+                stop(f"a reward or observation of the environment is not finite; {keeps}", 1)
             buffer.add(obs, action, float(reward), terminated, next_obs, done)
             actions.append(action)
             obs, global_step = next_obs, global_step + 1
@@ -667,7 +675,7 @@ def main(args: Args) -> Path:
                     metrics |= dict(zip(names, value.flatten().tolist(), strict=True))
                 for key, value in metrics.items():
                     if not math.isfinite(value):
-                        stop(f"{key} is {value}, the training has diverged; {run_dir} keeps its checkpoint", 1)
+                        stop(f"the training has diverged, {key} is {value}; {keeps}", 1)
                     writer.add_scalar(key, value, global_step)
             if evaluate_now:
                 for policy in ("deterministic", "stochastic") if last else ("deterministic",):
@@ -691,9 +699,10 @@ def main(args: Args) -> Path:
         stop(f"{error}; what was saved last stands: mend that, then --resume {run_dir}", 1)
     finally:
         progress.close()
-        writer.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        with contextlib.suppress(OSError):  # the disk is full, as was said
+            writer.close()
     print(f"{SCRIPT}.py: finished at step {global_step}; run folder {run_dir}")
     return run_dir
 

@@ -33,6 +33,7 @@ batch (2 critics or 1 actor), E = n or 1 experts of a layer, d inputs and h outp
 
 # === shared: imports ===
 import ast
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -593,8 +594,9 @@ LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1),
 
 def check_sizes(args: Args, env: gym.Env):
     """Exits if nothing would be learned, or if the replay, twice for a checkpoint, cannot fit the device's memory."""
-    if args.total_timesteps < args.learning_starts:
-        fail(f"--total-timesteps {args.total_timesteps}: less than --learning-starts {args.learning_starts}; give more")
+    if args.total_timesteps // args.update_every * args.update_every < max(args.learning_starts, 1):
+        others = f"--learning-starts {args.learning_starts} and --update-every {args.update_every}"
+        fail(f"--total-timesteps {args.total_timesteps}: no update would come with {others}; give more")
     needed = 2 * args.buffer_size * (4 * (env.observation_space.shape[0] + env.action_space.shape[0] + 2) + 8)
     if args.device.startswith("cuda"):
         memory = torch.cuda.get_device_properties(args.device).total_memory
@@ -695,7 +697,7 @@ def new_run_dir(args: Args) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         write(run_dir / "run.json", run)
     except OSError as error:
-        fail(f"--run-dir {run_dir}: {error.strerror}; choose a folder that can be written")
+        fail(f"--run-dir {run_dir}: {error.strerror or error}; choose a folder that can be written")
     return run_dir
 
 
@@ -705,6 +707,9 @@ def load_run(option: str, folder: str, name: str) -> tuple[Args, dict]:
         saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
         if saved["script"] != SCRIPT:
             fail(f"{option} {folder}: this run was made by {saved['script']}.py; use that script")
+        missing = ", ".join(flag(f.name) for f in dataclasses.fields(Args) if f.name not in saved["args"])
+        if missing:
+            fail(f"{option} {folder}: the script was another then, without {missing}; use that of run.json's commit")
         return Args(**saved["args"]), saved
     except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
@@ -746,7 +751,7 @@ def write(path: Path, data: bytes | dict):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(getattr(error, "errno", None), f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def write_eval(run_dir: Path, rows: list[dict]):
@@ -972,7 +977,7 @@ def main(args: Args) -> Path:
         print(f"{SCRIPT}.py: step {global_step}: {reason}", file=sys.stderr)
         raise SystemExit(code)
 
-    losses = {}
+    losses, keeps = {}, f"{run_dir} keeps its checkpoint, but --resume would repeat this"
     try:
         if checkpoint:
             note_resume(run_dir, args, global_step)
@@ -994,9 +999,11 @@ def main(args: Args) -> Path:
             else:
                 action = act(lambda *inputs: agent.actor.sample(*inputs)[0], obs[task], task, args.device)
             if not np.isfinite(action).all():
-                stop(f"the policy's action is {action}, the training has diverged; {run_dir} keeps its checkpoint", 1)
+                stop(f"the training has diverged, the policy's action is not finite; {keeps}", 1)
             next_obs, reward, terminated, truncated, info = envs[task].step(action)
             next_obs, terminated, done = np.array(next_obs, np.float32), bool(terminated), bool(terminated or truncated)
+            if not (np.isfinite(next_obs).all() and math.isfinite(reward)):  # before the replay keeps it
+                stop(f"a reward or observation of {args.tasks[task]} is not finite; {keeps}", 1)
             buffers[task].add(obs[task], action, float(reward), terminated, next_obs, done)
             actions[task].append(action)
             obs[task], global_step = next_obs, global_step + 1
@@ -1029,7 +1036,7 @@ def main(args: Args) -> Path:
                     metrics |= dict(zip(names, value.flatten().tolist(), strict=True))
                 for key, value in metrics.items():
                     if not math.isfinite(value):
-                        stop(f"{key} is {value}, the training has diverged; {run_dir} keeps its checkpoint", 1)
+                        stop(f"the training has diverged, {key} is {value}; {keeps}", 1)
                     writer.add_scalar(key, value, global_step)
             if evaluate_now:
                 for policy in ("deterministic", "stochastic") if last else ("deterministic",):
@@ -1058,9 +1065,10 @@ def main(args: Args) -> Path:
         stop(f"{error}; what was saved last stands: mend that, then --resume {run_dir}", 1)
     finally:
         progress.close()
-        writer.close()
         for number_of_signal, handler in handlers.items():
             signal.signal(number_of_signal, handler)
+        with contextlib.suppress(OSError):  # the disk is full, as was said
+            writer.close()
     print(f"{SCRIPT}.py: finished at step {global_step}; run folder {run_dir}")
     return run_dir
 

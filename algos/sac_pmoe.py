@@ -5,7 +5,7 @@ Paper   Ren, Li, Ding, Pan and Dong 2021, "Probabilistic Mixture-of-Experts for 
 Policy  pi(a|s) = sum_k w_k(s) N_k(a|s), N_k: a = tanh(u), u ~ N(mu_k(s), sigma_k(s)^2), k ~ Categorical(w(s)).
 
 Run       python algos/sac_pmoe.py                                 # target-reaching
-          python algos/sac_pmoe.py --env-id HalfCheetah-v5 --num-experts 2 --total-timesteps 1000000 --alpha-init 1
+          python algos/sac_pmoe.py --env-id HalfCheetah-v5 --num-experts 2 --learning-starts 5000 --alpha-init 1
 Resume    python algos/sac_pmoe.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash: the same bits
 Evaluate  python algos/sac_pmoe.py --evaluate runs/NAME --video    # deterministic and stochastic return, a GIF
 
@@ -32,6 +32,7 @@ Letters in the shape comments: B batch, K experts, O observation size, A action 
 
 # === shared: imports ===
 import ast
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
@@ -70,7 +71,7 @@ class Args:
     evaluate: str | None = None  # folder of a run to evaluate instead of training
     video: bool = False  # with --evaluate: also write video.gif into the run folder
     eval_every: int = 5_000  # steps between evaluations
-    eval_episodes: int = 10  # episodes per evaluation
+    eval_episodes: int = 10  # episodes per evaluation; --evaluate does not take them from the run
     checkpoint_every: int = 10_000  # steps between checkpoints
     device: str = "cpu"  # cpu, cuda or cuda:N
     num_threads: int = 2  # CPU threads of PyTorch; 1 where another run needs the other core
@@ -127,7 +128,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         fail(f"--env-id {env_id}: needs real-valued actions such as Pendulum-v1's, this one has {env.action_space}")
     if not np.isfinite([env.action_space.low, env.action_space.high]).all():
         fail(f"--env-id {env_id}: action bounds must be finite to be rescaled to [-1, 1], they are {env.action_space}")
-    return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), np.float32(-1), np.float32(1))
+    one = env.action_space.dtype.type(1)
+    return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), -one, one)
 
 
 def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
@@ -275,7 +277,8 @@ class Actor(nn.Module):
     def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Means over the states `obs`: sigma, chance of each expert to act, distance between two experts' tanh(mu)."""
         mean, log_std, w = self(obs)
-        distance = torch.cdist(mean.tanh(), mean.tanh())  # (B, K, K), zero on the diagonal
+        means = mean.tanh()  # of 26 and more, cdist would not give 0 on the diagonal without the last argument
+        distance = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")  # (B, K, K)
         return {
             "policy/std": log_std.exp().mean(),
             "moe/usage": w.mean(0),  # (K,)
@@ -370,8 +373,9 @@ LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1),
 
 def check_sizes(args: Args, env: gym.Env):
     """Exits if nothing would be learned, or if the replay, twice for a checkpoint, cannot fit the device's memory."""
-    if args.total_timesteps < args.learning_starts:
-        fail(f"--total-timesteps {args.total_timesteps}: less than --learning-starts {args.learning_starts}; give more")
+    if args.total_timesteps // args.update_every * args.update_every < max(args.learning_starts, 1):
+        others = f"--learning-starts {args.learning_starts} and --update-every {args.update_every}"
+        fail(f"--total-timesteps {args.total_timesteps}: no update would come with {others}; give more")
     needed = 2 * args.buffer_size * (4 * (env.observation_space.shape[0] + env.action_space.shape[0] + 2) + 8)
     if args.device.startswith("cuda"):
         memory = torch.cuda.get_device_properties(args.device).total_memory
@@ -472,7 +476,7 @@ def new_run_dir(args: Args) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
         write(run_dir / "run.json", run)
     except OSError as error:
-        fail(f"--run-dir {run_dir}: {error.strerror}; choose a folder that can be written")
+        fail(f"--run-dir {run_dir}: {error.strerror or error}; choose a folder that can be written")
     return run_dir
 
 
@@ -482,6 +486,9 @@ def load_run(option: str, folder: str, name: str) -> tuple[Args, dict]:
         saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
         if saved["script"] != SCRIPT:
             fail(f"{option} {folder}: this run was made by {saved['script']}.py; use that script")
+        missing = ", ".join(flag(f.name) for f in dataclasses.fields(Args) if f.name not in saved["args"])
+        if missing:
+            fail(f"{option} {folder}: the script was another then, without {missing}; use that of run.json's commit")
         return Args(**saved["args"]), saved
     except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
@@ -523,7 +530,7 @@ def write(path: Path, data: bytes | dict):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(getattr(error, "errno", None), f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def write_eval(run_dir: Path, rows: list[dict]):
@@ -677,7 +684,7 @@ def main(args: Args) -> Path:
         print(f"{SCRIPT}.py: step {global_step}: {reason}", file=sys.stderr)
         raise SystemExit(code)
 
-    losses = {}
+    losses, keeps = {}, f"{run_dir} keeps its checkpoint, but --resume would repeat this"
     try:
         if checkpoint:
             note_resume(run_dir, args, global_step)
@@ -688,9 +695,11 @@ def main(args: Args) -> Path:
             else:
                 action = act(lambda x: agent.actor.sample(x)[0], obs, args.device)
             if not np.isfinite(action).all():
-                stop(f"the policy's action is {action}, the training has diverged; {run_dir} keeps its checkpoint", 1)
+                stop(f"the training has diverged, the policy's action is not finite; {keeps}", 1)
             next_obs, reward, terminated, truncated, info = env.step(action)
             next_obs, terminated, done = np.array(next_obs, np.float32), bool(terminated), bool(terminated or truncated)
+            if not (np.isfinite(next_obs).all() and math.isfinite(reward)):  # before the replay keeps it
+                stop(f"a reward or observation of the environment is not finite; {keeps}", 1)
             buffer.add(obs, action, float(reward), terminated, next_obs, done)
             actions.append(action)
             obs, global_step = next_obs, global_step + 1
@@ -717,7 +726,7 @@ def main(args: Args) -> Path:
                     metrics |= dict(zip(names, value.flatten().tolist(), strict=True))
                 for key, value in metrics.items():
                     if not math.isfinite(value):
-                        stop(f"{key} is {value}, the training has diverged; {run_dir} keeps its checkpoint", 1)
+                        stop(f"the training has diverged, {key} is {value}; {keeps}", 1)
                     writer.add_scalar(key, value, global_step)
             if evaluate_now:
                 for policy in ("deterministic", "stochastic") if last else ("deterministic",):
@@ -741,9 +750,10 @@ def main(args: Args) -> Path:
         stop(f"{error}; what was saved last stands: mend that, then --resume {run_dir}", 1)
     finally:
         progress.close()
-        writer.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        with contextlib.suppress(OSError):  # the disk is full, as was said
+            writer.close()
     print(f"{SCRIPT}.py: finished at step {global_step}; run folder {run_dir}")
     return run_dir
 

@@ -231,6 +231,16 @@ def training(group: list[Run]) -> tuple[np.ndarray, np.ndarray]:
     return steps, np.stack(curves)
 
 
+def end_of_training(group: list[Run]) -> np.ndarray:
+    """Mean return of the training episodes of the last 100,000 steps of every seed (n,)."""
+    steps, returns = training(group)
+    return returns[:, steps > steps[-1] - 100_000].mean(1)
+
+
+def has_training(labels: dict[str, list[Run]]) -> bool:
+    return all(TRAINING in run.scalars for group in labels.values() for run in group)
+
+
 # Figures
 
 
@@ -247,32 +257,34 @@ def style(labels: dict) -> dict[str, dict]:
 
 
 def plot_curves(labels: dict[str, list[Run]], path: Path):
-    """Success, where the environment has one, and return over steps.
+    """Success, where the environment has one, and return over steps; return of the training episodes if it is known.
 
     Success is averaged plainly: it is 0 or 1 for most seeds, and an IQM would call 4 of 5 seeds 1.00.
     """
-    columns = [(1, "return of an episode", iqm)]
+    known = has_training(labels)
+    columns = [(lambda group: curve(group, 1), "return, deterministic" if known else "return of an episode", iqm)]
     if all(np.isfinite(final(group, "deterministic", 2)).all() for group in labels.values()):
-        columns.insert(0, (2, "success", mean))
+        columns.insert(0, (lambda group: curve(group, 2), "success, deterministic" if known else "success", mean))
+    columns += [(training, "return, training episodes", iqm)] * known
     apart = len(labels) > 2  # a panel for each, with its seeds: bands of more would hide each other
     shape = (len(columns), len(labels)) if apart else (1, len(columns))
     size = (WIDTH, 2 * len(columns) + 0.4 if apart else 3.6)
     figure, axes = plt.subplots(
         *shape, figsize=size, squeeze=False, sharex=apart, sharey="row" if apart else False, layout="constrained"
     )
-    for i, (column, name, statistic) in enumerate(columns):
+    for i, (function, name, statistic) in enumerate(columns):
         for j, (label, look) in enumerate(style(labels).items()):
             axis = axes[i, j] if apart else axes[0, i]
-            steps, values = curve(labels[label], column)
-            band(axis, steps, values, label, look, statistic)
+            steps, values = function(labels[label])
+            band(axis, steps, values, label, look | ({"marker": ""} if function is training else {}), statistic)
             if apart:
-                if column == 1:  # the success of a seed only jumps
+                if statistic is iqm and len(values) > 1:  # the success of a seed only jumps
                     axis.plot(steps / 1000, values.T, color="k", linewidth=0.4, alpha=0.6)
                 axis.set_title(label if i == 0 else "", fontsize=8)
             else:  # where bands cover each other, their edges still tell them apart
                 for edge in interval(values, statistic):
                     axis.plot(steps / 1000, edge, color=look["color"], linewidth=0.7, alpha=0.6)
-            if column == 2:
+            if statistic is mean:
                 axis.set_ylim(-0.04, 1.04)
             axis.set_xlim(left=0)
             axis.tick_params(labelsize=8)
@@ -327,12 +339,12 @@ def is_experts(label: str) -> bool:
 
 
 def plot_number_of_experts(labels: dict[str, list[Run]], path: Path):
-    """Last return and area of the curve over the number of experts K."""
+    """Returns at the end over the number of experts K: of the training episodes, and of the deterministic policy."""
     figure, axes = plt.subplots(1, 2, figsize=(WIDTH, 2.8), layout="constrained")
     numbers = [group[0].info["args"]["num_experts"] for group in labels.values()]
-    for axis, name in zip(axes, ("return at the end", "mean return of a run's evaluations"), strict=True):
+    for axis, name in zip(axes, ("return, last training episodes", "return, deterministic"), strict=True):
         for number, group in zip(numbers, labels.values(), strict=True):
-            values = final(group, "deterministic", 1) if axis is axes[0] else area(group)
+            values = end_of_training(group) if axis is axes[0] else final(group, "deterministic", 1)
             middle, (low, high) = iqm(values), interval(values)
             errors = [[middle - low], [high - middle]]
             axis.errorbar(number, middle, errors, color=COLOURS[0], marker="_", markersize=12, capsize=3)
@@ -567,12 +579,17 @@ def section(env: str, labels: dict[str, list[Run]], figures: Path) -> list[str]:
         count = every[0].info["args"]["eval_episodes"]
         success = "mean of the success, " if np.isfinite(final(every, "deterministic", 2)).all() else ""
         text = f"{env}: deterministic policy, {count} episodes per evaluation. Lines: {success}interquartile mean "
-        text += f"(IQM) of the return over the seeds; bands: 95% bootstrap intervals. {seeds_of(labels)}"
-        figure(env, "learning curves", text)
+        text += "(IQM) of the return over the seeds; bands: 95% bootstrap intervals. "
+        if has_training(labels):
+            text += "Training episodes: the policy as it acts, stochastic. "
+        figure(env, "learning curves", text + seeds_of(labels))
     if all(is_experts(label) for label in labels):
         plot_number_of_experts(labels, figures / f"{env}-number.png")
-        text = "Return of the deterministic policy at the end, and mean of a run's evaluations, over the number of "
-        text += f"experts: dots are seeds, bars the IQM and its 95% bootstrap interval. {seeds_of(labels)}"
+        text = "Return over the number of experts, of the training episodes of the last 100,000 steps (the policy as "
+        text += (
+            "it acts) and of the deterministic policy at the end (the mean of the likeliest expert): dots are seeds, "
+        )
+        text += f"bars the IQM and its 95% bootstrap interval. {seeds_of(labels)}"
         figure(f"{env}-number", "number of experts", text)
 
     flown = {label: group for label, group in labels.items() if "stochastic" in group[0].trajectories}
@@ -644,9 +661,8 @@ def section_of_mujoco(runs: dict[str, dict[str, list[Run]]], figures: Path) -> l
     for task in MUJOCO:
         for label, group in runs.get(f"{task}-v5-ppo", {}).items():
             cells = [task, label, group[0].info["args"].get("num_experts", 1), len(group)]
-            steps, returns = training(group)
             columns = [final(group, "deterministic", 1), area(group)]
-            columns += [returns[:, steps > steps[-1] - 100_000].mean(1), returns.mean(1)]
+            columns += [end_of_training(group), training(group)[1].mean(1)]
             cells += [*(with_interval(values, 0) for values in columns), PUBLISHED_PPO[0][-1].get(task, "-")]
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     text = "Published: CleanRL's documentation, PPO on v4, a million steps, last 100 training episodes, mean ± std of "

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from conftest import ALGOS
 from test_sac import NoSynchronisation
+from test_training import Strange
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 
@@ -448,6 +449,22 @@ class Killed(TwoSteps):
 
 
 gym.register("PPOKilled-v0", Killed, max_episode_steps=10)
+
+
+gym.register("PPOWhole-v0", Strange, max_episode_steps=5, kwargs={"dtype": np.int64})
+ADD = gym.wrappers.TransformReward.wrapper_spec(func=lambda reward: reward + 1000)
+gym.register("PPOWrapped-v0", Strange, max_episode_steps=5, additional_wrappers=(ADD,))
+
+
+def test_whole_numbers_are_observed_alike_in_every_form(ppo, tmp_path):
+    plain, others = (run(ppo, tmp_path / str(i), env_id="PPOWhole-v0", async_envs=bool(i)) for i in range(2))
+    assert all(torch.equal(plain[key], others[key]) for key in plain)
+
+
+def test_wrappers_of_the_registration_are_those_of_training_too(ppo):
+    envs = ppo.make_envs(ppo.Args(env_id="PPOWrapped-v0", num_envs=2))
+    envs.reset(seed=1)
+    assert envs.step(np.array([[0.5], [-0.5]], np.float32))[1].tolist() == [1001.0, 999.0]  # bounds are -2 and 2
 
 
 @pytest.mark.parametrize("parity", "01")

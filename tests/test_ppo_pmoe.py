@@ -252,3 +252,24 @@ def test_equal_experts_are_one(ppo_pmoe):
     mean, log_w, _ = actor(batch.obs)
     expected = Normal(mean[:, 0], actor.log_std[0].exp()).log_prob(batch.action).sum(1)
     torch.testing.assert_close(actor.log_prob(mean, log_w, batch.action), expected)
+
+
+def test_diagnostics_by_hand(ppo_pmoe):
+    actor = ppo_pmoe.Agent(3, 2, ppo_pmoe.Args(num_experts=2)).actor
+    actor.mean.w.data.zero_()
+    actor.mean.b.data = torch.tensor([0.0, 0.5, 3.0, 0.5])  # clipped to (0, 0.5) and (1, 0.5)
+    actor.gate.w.data.zero_()
+    actor.gate.b.data = torch.tensor([math.log(3.0), 0.0])
+    actor.log_std.data[0] = math.log(3.0)
+    found = {k: v.tolist() for k, v in actor.diagnostics(torch.randn(9, 3)).items()}
+    assert found["moe/usage"] == pytest.approx([0.75, 0.25])
+    assert found["moe/gate_entropy"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    assert found["moe/expert_distance"] == pytest.approx(1.0) and found["policy/std"] == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("number", [1, 40])
+def test_experts_that_are_alike_have_no_distance(ppo_pmoe, number):
+    actor = ppo_pmoe.Agent(3, 5, ppo_pmoe.Args(num_experts=number)).actor
+    actor.mean.w.data.zero_()
+    actor.mean.b.data = torch.linspace(-0.9, 0.7, 5).repeat(number)
+    assert actor.diagnostics(torch.randn(9, 3))["moe/expert_distance"] == 0

@@ -83,12 +83,12 @@ def test_mode_is_the_mean_of_the_likeliest_expert(pmoe):
 
 
 def gradients_of_update(pmoe, agent, batch, args, rewind):
-    """Gradients that update() left on the actor, and the agent as the actor's step saw it."""
+    """Gradients that update() left on the actor, the actor as its step saw it, and what update() returned."""
     actor = deepcopy(agent.actor)
     rewind()
     torch.manual_seed(0)
-    pmoe.update(agent, batch, args)
-    return {name: p.grad.clone() for name, p in agent.actor.named_parameters()}, actor
+    metrics = pmoe.update(agent, batch, args)
+    return {name: p.grad.clone() for name, p in agent.actor.named_parameters()}, actor, metrics
 
 
 @pytest.mark.parametrize("selection", ["draws", "fresh", "means"])
@@ -98,7 +98,7 @@ def test_fast_form_has_the_gradients_of_the_plain_form(pmoe, same_noise, primiti
     args = pmoe.Args(num_experts=4, primitive_update=primitive_update, selection=selection)
     agent, batch = pmoe.Agent(3, 2, args), make_batch(pmoe, 32)
     alpha = agent.log_alpha.detach().exp()
-    fast, actor = gradients_of_update(pmoe, agent, batch, args, same_noise)
+    fast, actor, metrics = gradients_of_update(pmoe, agent, batch, args, same_noise)
 
     same_noise()
     torch.randn_like(batch.action)  # the draw of the critic's target
@@ -111,8 +111,8 @@ def test_fast_form_has_the_gradients_of_the_plain_form(pmoe, same_noise, primiti
     density = TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
     log_prob = density.log_prob(density.transforms[0](u)).sum(-1)
     q = agent.critic(batch.obs, u.tanh()).amin(0)  # (B, K)
+    rows = torch.arange(32)
     if primitive_update == "max":
-        rows = torch.arange(32)
         loss = (alpha * log_prob[rows, best] - q[rows, best]).mean()
     else:
         loss = (alpha * log_prob - q).sum(1).mean()
@@ -120,13 +120,17 @@ def test_fast_form_has_the_gradients_of_the_plain_form(pmoe, same_noise, primiti
     loss.backward()
     for name, p in actor.named_parameters():
         torch.testing.assert_close(fast[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(metrics["moe/wins"], torch.bincount(best, minlength=4) / 32)
+    entropy = -log_prob[rows, best].mean().detach()  # of the best expert: what the temperature learns from
+    torch.testing.assert_close(metrics["policy/entropy"], entropy)
+    torch.testing.assert_close(metrics["losses/alpha"], math.log(args.alpha_init) * (entropy + 2))
 
 
 @pytest.mark.parametrize("selection", ["draws", "fresh", "means"])
 def test_only_the_best_expert_of_a_state_learns(pmoe, same_noise, selection):
     args = pmoe.Args(num_experts=4, selection=selection)
     agent, batch = pmoe.Agent(3, 2, args), make_batch(pmoe, 1)
-    gradients, actor = gradients_of_update(pmoe, agent, batch, args, same_noise)
+    gradients, actor, _ = gradients_of_update(pmoe, agent, batch, args, same_noise)
     rows = gradients["head.weight"].view(2, 4, 2, -1).abs().sum((0, 2, 3))  # (K,)
     assert (rows > 0).sum() == 1
     if selection == "means":
@@ -136,7 +140,7 @@ def test_only_the_best_expert_of_a_state_learns(pmoe, same_noise, selection):
 
 def test_all_experts_learn_in_back_propagation_all(pmoe, same_noise):
     args = pmoe.Args(num_experts=4, primitive_update="all")
-    gradients, _ = gradients_of_update(pmoe, pmoe.Agent(3, 2, args), make_batch(pmoe, 1), args, same_noise)
+    gradients, *_ = gradients_of_update(pmoe, pmoe.Agent(3, 2, args), make_batch(pmoe, 1), args, same_noise)
     assert (gradients["head.weight"].view(2, 4, -1).abs().sum((0, 2)) > 0).all()
 
 
@@ -147,8 +151,8 @@ def test_gate_loss_reaches_the_gate_alone(pmoe, same_noise):
     agent.critic_optimizer.param_groups[0]["lr"] = 0.0  # the draws of the target, and so the critic, depend on the gate
     other = deepcopy(agent)
     other.actor.gate.weight.data.mul_(-3)
-    one, actor = gradients_of_update(pmoe, agent, batch, args, same_noise)
-    two, _ = gradients_of_update(pmoe, other, batch, args, same_noise)
+    one, actor, _ = gradients_of_update(pmoe, agent, batch, args, same_noise)
+    two, *_ = gradients_of_update(pmoe, other, batch, args, same_noise)
     for name in one:
         assert torch.equal(one[name], two[name]) == (not name.startswith("gate")), name
 

@@ -193,6 +193,65 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(script, tmp_path, cap
     assert all(v.isfinite().all() for v in saved["agent"].values())
 
 
+class Strange(gym.Env):
+    """Its 55th step gives `obs` and `reward`; it observes its count of steps, in `dtype`, and pays for the action."""
+
+    def __init__(self, obs=0, reward=0.0, dtype=np.float64):
+        self.count, self.values = 0, (obs, reward)
+        self.observation_space = gym.spaces.Box(0, 9, (1,), dtype)
+        self.action_space = gym.spaces.Box(-2, 2, (1,), np.float64)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, self.observation_space.dtype), {}
+
+    def step(self, action):
+        self.count += 1
+        obs, reward = self.values if self.count == 55 else (self.count % 5, float(action[0]))
+        return np.array([obs], self.observation_space.dtype), reward, False, False, {}
+
+
+gym.register("Strange-v0", Strange, max_episode_steps=5)
+
+
+@pytest.mark.parametrize("bad", [("obs", math.inf), ("reward", math.nan)])
+def test_a_number_that_is_not_finite_stops_the_run_before_it_is_kept(script, tmp_path, bad, monkeypatch, capsys):
+    """The normaliser or the replay would keep it for ever. PPO: at the end of a rollout and of an episode."""
+    monkeypatch.setitem(gym.registry["Strange-v0"].kwargs, *bad)
+    with pytest.raises(SystemExit) as stop:
+        train(script, tmp_path / "run", env_id="Strange-v0")
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and "of the environment is not finite" in error
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["global_step"] == 0 and all(x.isfinite().all() for x in saved["agent"].values())
+
+
+def test_full_disk_that_tensorboard_meets_first(script, finished, tmp_path, monkeypatch, capsys):
+    """Its writer raises what it met again when it is closed."""
+
+    class Full(script.SummaryWriter):
+        full = False
+
+        def add_scalar(self, tag, value, step):
+            self.full |= step > 150
+            self.close()
+            super().add_scalar(tag, value, step)
+
+        def close(self):
+            if self.full:
+                raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script, "SummaryWriter", Full)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        train(script, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "No space left" in error and "--resume" in error and error.count("\n") == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+    monkeypatch.undo()
+    script.main(script.Args(resume=str(tmp_path / "run")))
+    assert same(model(tmp_path / "run"), model(finished))
+
+
 def test_full_disk_keeps_the_last_checkpoint(script, finished, tmp_path, monkeypatch, capsys):
     """The limit of a file's size makes writing fail in the middle of torch.save, as a full disk does."""
     size = (finished / "checkpoint.pt").stat().st_size
@@ -292,6 +351,18 @@ def test_tensorboard_has_the_curves_and_keeps_them_over_a_resume(script, finishe
     assert [event.step for event in events.Scalars("eval/return")] == [110, 220, 242]
 
 
+def test_checkpoint_of_a_script_with_fewer_flags_is_refused(script, finished, tmp_path, capsys):
+    """What it did then is not what the flag's default does now."""
+    shutil.copytree(finished, tmp_path / "run")
+    for option, name in (("resume", "checkpoint.pt"), ("evaluate", "model.pt")):
+        saved = torch.load(tmp_path / "run" / name, weights_only=True)
+        del saved["args"]["gamma"]
+        torch.save(saved, tmp_path / "run" / name)
+        with pytest.raises(SystemExit) as stop:
+            script.main(script.Args(**{option: str(tmp_path / "run")}))
+        assert stop.value.code == 2 and "without --gamma; use" in capsys.readouterr().err
+
+
 def corrupt(folder):
     checkpoint = folder / "checkpoint.pt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
@@ -363,8 +434,9 @@ WRONG_SAC = {
     "buffer larger than memory": (dict(buffer_size=10**13), "--buffer-size 10000000000000.* would fit"),
     "random to the end": (
         dict(total_timesteps=100),
-        "--total-timesteps 100: less than --learning-starts 150; give more",
+        "--total-timesteps 100: no update .*--learning-starts 150 and --update-every 1; give more",
     ),
+    "no update in time": (dict(update_every=111), "--total-timesteps 220: no update .*--update-every 111"),
     "learning rate infinite": (dict(q_lr=math.inf), "--q-lr inf"),
 }
 WRONG_PPO = {
