@@ -275,7 +275,7 @@ class Actor(nn.Module):
 
     @torch.no_grad()
     def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Means over the states `obs`: sigma, chance of each expert to act, distance between two experts' tanh(mu)."""
+        """Means over `obs`: sigma, chance of each expert, the gate's entropy, distance of two experts' tanh(mu)."""
         mean, log_std, w = self(obs)
         means = mean.tanh()  # of 26 and more, cdist would not give 0 on the diagonal without the last argument
         distance = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")  # (B, K, K)
