@@ -381,7 +381,7 @@ class ActorCritic(nn.Module):
 
     @torch.no_grad()
     def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Means over normalised `obs`: sigma, chance of each expert, the gate's entropy, distance of two experts' means."""
+        """Means over normalised `obs`: sigma, chance of each expert, the gate's entropy, distance of two experts."""
         mean, log_w, _ = self(obs)
         means = mean.clamp(-1, 1)  # of 26 and more, cdist would not give 0 on the diagonal without the last argument
         distance = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")  # (B, K, K)
