@@ -37,7 +37,7 @@ picture, so the cells differ in at most n p - 1 of their 16 dimensions: in 2 wit
 --match-params, the order of phases, and annealing and Adam of 2 are ours. Advantages are normalised over a minibatch,
 all its games together, so a game with small rewards has a small part in the actor's gradient. Each expert computes
 every token, and one that is not chosen is weighted 0: nothing is dropped, and no time is saved. So topk and hardcoded
-learn about 30 times slower than Soft MoE with PerConv tokens, of which a picture has 64; --tokens persamp is for them.
+learn many times slower than Soft MoE with PerConv tokens, of which a picture has 64; --tokens persamp is for them.
 Letters in the shape comments: S steps, N environments, B batch, T tasks, C channels, n experts, E = n or 1 experts of a
 layer, m tokens, d inputs and h outputs of a layer.
 """

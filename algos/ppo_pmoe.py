@@ -17,7 +17,7 @@ What differs from ppo.py:
 3. Gate's loss (frequency approximate gradient): a_k ~ N_k, the best expert is argmax_k Q(s, a_k), and w is pulled to
    its one-hot, hence to the frequency with which each is the best. --gate-gradient both, the default and the form of
    the co-author's script (below), adds PPO's own gradient; --gate-gradient ppo is that alone, a mixture without this
-   method, to compare with. The returns do not choose: on target reaching `both` and `frequency` arrived with 3 of 5
+   method, to compare with. The returns do not choose: on the default task `both` and `frequency` arrived with 3 of 5
    seeds, on Walker2d (3 seeds) training episodes ended at 2129 with `both` and 2561 with `ppo`, in wide intervals. But
    there the gate's entropy fell to half of ln K with `ppo` and stayed at 98% with `both`, so that its likeliest expert,
    the deterministic policy, said little of the mixture.
@@ -383,7 +383,8 @@ class ActorCritic(nn.Module):
     def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Means over normalised `obs`: sigma, chance of each expert, the gate's entropy, distance of two experts."""
         mean, log_w, _ = self(obs)
-        means = mean.clamp(-1, 1)  # of 26 and more, cdist would not give 0 on the diagonal without the last argument
+        means = mean.clamp(-1, 1)
+        # cdist's default is inexact for more than 25 experts; the diagonal shall be 0
         distance = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")  # (B, K, K)
         return {
             "policy/std": self.log_std.exp().mean(),

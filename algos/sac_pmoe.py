@@ -277,7 +277,8 @@ class Actor(nn.Module):
     def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Means over `obs`: sigma, chance of each expert, the gate's entropy, distance of two experts' tanh(mu)."""
         mean, log_std, w = self(obs)
-        means = mean.tanh()  # of 26 and more, cdist would not give 0 on the diagonal without the last argument
+        means = mean.tanh()
+        # cdist's default is inexact for more than 25 experts; the diagonal shall be 0
         distance = torch.cdist(means, means, compute_mode="donot_use_mm_for_euclid_dist")  # (B, K, K)
         return {
             "policy/std": log_std.exp().mean(),

@@ -586,10 +586,8 @@ def section(env: str, labels: dict[str, list[Run]], figures: Path) -> list[str]:
     if all(is_experts(label) for label in labels):
         plot_number_of_experts(labels, figures / f"{env}-number.png")
         text = "Return over the number of experts, of the training episodes of the last 100,000 steps (the policy as "
-        text += (
-            "it acts) and of the deterministic policy at the end (the mean of the likeliest expert): dots are seeds, "
-        )
-        text += f"bars the IQM and its 95% bootstrap interval. {seeds_of(labels)}"
+        text += "it acts) and of the deterministic policy at the end (the mean of the likeliest expert): dots are "
+        text += f"seeds, bars the IQM and its 95% bootstrap interval. {seeds_of(labels)}"
         figure(f"{env}-number", "number of experts", text)
 
     flown = {label: group for label, group in labels.items() if "stochastic" in group[0].trajectories}
