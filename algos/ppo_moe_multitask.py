@@ -35,11 +35,11 @@ Where this differs from the papers: one slot per expert where their code has m /
 run takes three to four times as long). A cell's output is a weighted mean of the same n p vectors for all 64 cells of a
 picture, so the cells differ in at most n p - 1 of their 16 dimensions: in 2 with three experts. Padding, action set,
 --match-params, the order of phases, and annealing and Adam of 2 are ours. Advantages are normalised over a minibatch,
-all its games together, so a game with small rewards has a small part in the actor's gradient. Each expert computes
-every token, and one that is not chosen is weighted 0: nothing is dropped, and no time is saved. So topk and hardcoded
-learn many times slower than Soft MoE with PerConv tokens, of which a picture has 64; --tokens persamp is for them.
+all its games together, so a game with small rewards has a small part in the actor's gradient. With topk and hardcoded
+an expert computes the tokens that chose it and no others, as many as they are: nothing is dropped. All the same, with
+PerConv tokens, of which a picture has 64, they learn many times slower than Soft MoE; --tokens persamp is for them.
 Letters in the shape comments: S steps, N environments, B batch, T tasks, C channels, n experts, E = n or 1 experts of a
-layer, m tokens, d inputs and h outputs of a layer.
+layer, m tokens, k experts that compute a token, d inputs and h outputs of a layer.
 """
 
 import contextlib
@@ -203,8 +203,32 @@ class Router(nn.Module):
 
 
 # === end shared ===
+class Route:
+    """topk and hardcoded: an expert computes the tokens that chose it, R = B k rows sorted by expert, and no others."""
+
+    def __init__(self, w: torch.Tensor, k: int):
+        """Weights w (B, n), k of them chosen in each row."""
+        self.shape = w.shape
+        weight, expert = w.topk(k, -1)  # (B, k)
+        self.expert, self.order = expert.flatten().sort(stable=True)  # (R,)
+        self.token, self.weight = self.order // k, weight.flatten()[self.order, None]  # (R,), (R, 1)
+        # where the rows of each expert end
+        self.ends = torch.searchsorted(self.expert, torch.arange(w.shape[1], device=w.device), right=True).int()
+
+    def combine(self, y: torch.Tensor) -> torch.Tensor:
+        """Rows y (1, R, h) -> sum_i w_i y_i (B, h)."""
+        y = y[0] * self.weight
+        return torch.zeros_like(y).index_copy(0, self.order, y).unflatten(0, (self.shape[0], -1)).sum(1)
+
+    def spread(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows x (1, R, ..) -> (n, B, ..), 0 where an expert was not chosen."""
+        full = x.new_zeros(self.shape[1], self.shape[0], *x.shape[2:])
+        full[self.expert, self.token] = x[0]
+        return full
+
+
 class Experts(nn.Module):
-    """E linear maps d -> h as one baddbmm; orthogonal weights, as in ppo.py."""
+    """E linear maps d -> h as one matrix product; orthogonal weights, as in ppo.py."""
 
     def __init__(self, experts: int, inputs: int, outputs: int, gain: float):
         super().__init__()
@@ -213,9 +237,21 @@ class Experts(nn.Module):
         )
         self.bias = nn.Parameter(torch.zeros(experts, 1, outputs))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x (E, B, d), or (1, B, d) for all experts -> (E, B, h)."""
-        return torch.baddbmm(self.bias, x.expand(len(self.weight), -1, -1), self.weight)
+    def forward(self, x: torch.Tensor, route: Route | None = None) -> torch.Tensor:
+        """x (E, B, d), or (1, B, d) for all experts -> (E, B, h). A route's rows, c of each token: (1, R c, d or h).
+
+        What lies behind the d-th number must be 0.
+        """
+        number, d, h = self.weight.shape
+        if route is None:
+            weight = F.pad(self.weight, (0, 0, 0, x.shape[2] - d))
+            return torch.baddbmm(self.bias, x.expand(number, -1, -1), weight)
+        if x.shape[2] % 4:  # grouped_mm wants rows that begin at multiples of 16 bytes
+            x = F.pad(x, (0, -d % 4))
+        rows = len(route.expert)
+        weight, ends = F.pad(self.weight, (0, -h % 4, 0, -d % 4)), route.ends * (x.shape[1] // rows)
+        y = F.grouped_mm(x[0], weight, offs=ends)[:, :h].unflatten(0, (rows, -1))  # (R, c, h)
+        return (y + self.bias[route.expert]).flatten(0, 1)[None]
 
 
 class TokenMoE(nn.Module):
@@ -227,10 +263,10 @@ class TokenMoE(nn.Module):
 
     def __init__(self, hidden: int, args: Args, size: int = 16):
         super().__init__()
-        self.num_experts, self.soft = args.num_experts, args.router == "softmoe"
+        self.num_experts, self.chosen = args.num_experts, chosen(args)
         self.up = Experts(args.num_experts, size, hidden, math.sqrt(2))
         self.down = Experts(args.num_experts, hidden, size, 1.0)
-        if self.soft:
+        if self.chosen is None:
             self.phi = nn.Parameter(torch.randn(size, args.num_experts * args.slots) / math.sqrt(size))
         else:
             self.router = Router(1, size, args)
@@ -238,7 +274,7 @@ class TokenMoE(nn.Module):
     def forward(self, x: torch.Tensor, task: torch.Tensor, trace: dict | None = None) -> torch.Tensor:
         """X (B, m, d), task (B,) -> Y (B, m, d)."""
         batch, tokens, _ = x.shape
-        if self.soft:
+        if self.chosen is None:
             # (B, n p, m) in memory: a softmax over a long last dimension is many times faster than over a short one
             logits = (x @ self.phi).transpose(1, 2).contiguous()
             dispatch, combine = logits.softmax(2), logits.softmax(1)
@@ -248,13 +284,15 @@ class TokenMoE(nn.Module):
             y = combine.transpose(1, 2) @ y
             if trace is not None:
                 w = combine.mean(2).unflatten(1, (self.num_experts, -1))  # (B, n, p), the mean over the tokens
-                trace |= {"router2": w.sum(2), "layer2": weighted(h, None)}  # of layer2 a slot is a sample
+                trace |= {"router2": w.sum(2), "layer2": neurons(h)}  # of layer2 a slot is a sample
         else:
-            w = self.router(x.flatten(0, 1)[None], task.repeat_interleave(tokens))[0]  # (B m, n)
-            h = self.up(x.flatten(0, 1)[None]).relu_()  # (n, B m, h)
-            y = torch.einsum("bn,nbh->bh", w, self.down(h)).view_as(x)
+            x_flat = x.flatten(0, 1)[None]  # (1, B m, d)
+            w = self.router(x_flat, task.repeat_interleave(tokens))[0]  # (B m, n)
+            route = Route(w, self.chosen)
+            h = self.up(x_flat.index_select(1, route.token), route).relu()  # (1, R, h)
+            y = route.combine(self.down(h, route)).view_as(x)
             if trace is not None:
-                trace |= {"router2": w.view(batch, tokens, -1).mean(1), "layer2": weighted(h, w > 0)}
+                trace |= {"router2": w.view(batch, tokens, -1).mean(1), "layer2": neurons(route.spread(h))}
         return y
 
 
@@ -272,7 +310,7 @@ class MoE(nn.Module):
 
     def __init__(self, channels: int, outputs: int, gain: float, architecture: str, args: Args):
         super().__init__()
-        mixed, self.big = self.MIXED[architecture], architecture == "big"
+        mixed, self.big, self.chosen = self.MIXED[architecture], architecture == "big", chosen(args)
         share = args.num_experts if len(mixed) == 1 else math.sqrt(args.num_experts)  # for --match-params
         self.tokens = architecture == "middle" and args.tokens == "perconv"
         conv, dense = (
@@ -293,45 +331,59 @@ class MoE(nn.Module):
 
     def forward(self, picture, patches, task, trace: dict | None = None) -> torch.Tensor:
         """What see() returns, (B, 100 C) and (B, 64, 9 C), and task (B,) -> y (B, out). measure() looks at `trace`."""
-        x, w = patches.flatten(0, 1)[None], None  # (1, B 64, 9 C)
+        x, w, route = patches[None], None, None  # (1, B, 64, 9 C)
         for layer, experts in enumerate(self.layers):
+            if trace is not None and layer == 2:
+                weight = 1 if not self.big else w.T[..., None] if route is None else route.weight
+                trace["features"] = neurons(x * weight if route is None else route.spread(x * weight))
             if str(layer) in self.routers:
                 w = self.routers[str(layer)]((x if layer else picture[None]), task)[0]  # (B, n)
                 if trace is not None:
                     trace[f"router{layer + 1}"] = w
-            if trace is not None and layer == 2:
-                trace["features"] = weighted(x, w if self.big else None)
+                if self.chosen is not None:
+                    route = Route(w, self.chosen)
+                    x = x.index_select(1, route.token)  # (1, R, ..)
             if layer == 1 and self.tokens:
                 x = experts(x[0].unflatten(1, (64, -1)), task, trace).flatten(1)[None]  # (1, B, 1024)
                 continue
-            x = experts(x)
+            rows = x.shape[1]
+            x = experts(x.flatten(1, -2), route)
             if layer < 2:
-                x = x.relu_()
+                x = F.relu(x, inplace=route is None)
                 if trace is not None:  # of the convolution a neuron is a channel, and every position a sample
-                    trace[f"layer{layer + 1}"] = weighted(x, None if w is None else w > 0)
+                    y = x.unflatten(1, (rows, -1))
+                    trace[f"layer{layer + 1}"] = neurons(y if route is None else route.spread(y))
             if layer == 0:
-                x = x.unflatten(1, (len(picture), -1)).flatten(2)  # (E, B 64, 16) -> (E, B, 1024)
-            if w is not None and (layer == 2 or not self.big):
-                x, w = torch.einsum("bn,nbh->bh", w, x)[None], None  # y = sum_i w_i f_i(x)
+                x = x.unflatten(1, (rows, -1)).flatten(2)  # (E, B 64, 16) -> (E, B, 1024)
+            if w is not None and (layer == 2 or not self.big):  # y = sum_i w_i f_i(x)
+                x = torch.einsum("bn,nbh->bh", w, x)[None] if route is None else route.combine(x)[None]
+                w = route = None
         return x[0]
 
 
-def weighted(x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
-    """Neurons of all experts x (E, R, h), those of expert i times w_i -> (R, E h). w (B, E): R / B rows have one w."""
-    if w is not None:
-        x = x * w.T.repeat_interleave(x.shape[1] // len(w), 1)[..., None]
-    return x.transpose(0, 1).flatten(1)
+def chosen(args: Args) -> int | None:
+    """How many experts compute a token; None is all of them."""
+    return {"softmoe": None, "topk": args.top_k, "hardcoded": 1}[args.router]
+
+
+def neurons(x: torch.Tensor) -> torch.Tensor:
+    """Outputs of all experts x (E, B, .., h) -> a row of all neurons for each token or cell (B .., E h)."""
+    return x.movedim(0, -2).flatten(-2).flatten(0, -2)
 
 
 def see(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """obs (B, 10, 10, C) bool -> the pictures (B, 100 C) and their 3x3 patches (B, 64, 9 C), float.
 
-    Three neighbouring cells of a row are 3 C numbers in a row of memory, so the patches are copied in runs.
+    Three neighbouring cells of a row are 3 C numbers in a row of memory, so the patches are copied in runs. Behind the
+    9 C of a patch there are up to three zeros, so that each begins at a multiple of 16 bytes.
     """
     batch, side, _, channels = obs.shape
-    x = obs.float()
-    patches = x.flatten(2).unfold(2, 3 * channels, channels).unfold(1, 3, 1)  # (B, 8, 8, 3 C, 3)
-    return x.flatten(1), patches.transpose(3, 4).reshape(batch, (side - 2) ** 2, 9 * channels)
+    x, width = obs.float(), 9 * channels
+    windows = x.flatten(2).unfold(2, 3 * channels, channels).unfold(1, 3, 1)  # (B, 8, 8, 3 C, 3)
+    patches = x.new_empty(batch, side - 2, side - 2, width + -width % 4)
+    patches[..., :width].unflatten(3, (3, -1)).copy_(windows.transpose(3, 4))
+    patches[..., width:] = 0
+    return x.flatten(1), patches.flatten(1, 2)
 
 
 class Agent(nn.Module):

@@ -38,9 +38,9 @@ HALFCHEETAH += " --learning-starts 5000 --alpha-init 1 --num-threads 1"  # the u
 def moe_suites() -> dict[str, Suite]:
     """Mixture-of-experts layers against a baseline that is the same code without experts.
 
-    topk and hardcoded routing have per-sample tokens in the middle layer: every expert computes every token, and with
-    64 tokens per sample that takes several times as long as all the rest. The eight experts of target reaching have
-    together as many parameters as the baseline, for the same reason.
+    topk and hardcoded routing have per-sample tokens in the middle layer: with 64 tokens per sample it takes several
+    times as long as all the rest. The eight experts of target reaching have together as many parameters as the
+    baseline, since there every expert computes every sample.
     """
     minatar, reaching, order, slots = {}, {}, {}, {}
     kinds = ["baseline", *(f"{r}-{a}" for a in ("middle", "big") for r in ("softmoe", "topk", "hardcoded"))]

@@ -265,25 +265,29 @@ def ppo_speed(threads: list[int], rounds: int):
 
 
 def minatar(threads: list[int], rounds: int):
-    """Whole training on three MinAtar games, baseline and eight experts in turn, and the share of each part.
+    """Whole training on three MinAtar games, baseline and mixtures in turn, and the share of each part.
 
     The games are one Python process and cannot be faster than stepping them alone, which is the floor.
     """
     print("| MinAtar | threads | steps/s | baseline's / its | games | acting | values | learning |")
     print("|---|---|---|---|---|---|---|---|")
     module = load_script("ppo_moe_multitask")
-    forms = {  # architecture, slots per expert
-        "baseline": ("baseline", 1),
-        "Soft MoE, middle, n = 8, p = 1": ("middle", 1),
-        "Soft MoE, middle, n = 8, p = 8": ("middle", 8),
+    forms = {  # architecture, and the mixture
+        "baseline": ("baseline", {}),
+        "Soft MoE, middle, n = 8, p = 1": ("middle", {}),
+        "Soft MoE, middle, n = 8, p = 8": ("middle", {"slots": 8}),
+        "Soft MoE, big, n = 3": ("big", {"num_experts": 3}),
+        "top-1, big, n = 3": ("big", {"num_experts": 3, "router": "topk"}),
+        "top-1, big, n = 8": ("big", {"router": "topk"}),
+        "top-1, middle, per sample, n = 8": ("middle", {"router": "topk", "tokens": "persamp"}),
     }
     for number in threads:
         torch.set_num_threads(number)
         clock = clock_of(number)
         times = {name: [] for name in forms}
         for i in range(rounds + 1):  # the first round warms up
-            for name, (architecture, slots) in forms.items():
-                args = module.Args(actor_moe=architecture, critic_moe=architecture, slots=slots, num_experts=8)
+            for name, (architecture, mixture) in forms.items():
+                args = module.Args(actor_moe=architecture, critic_moe=architecture, **mixture)
                 torch.manual_seed(0)
                 agent = module.Agent(args)
                 games = module.Games([args.tasks[j % 3] for j in range(args.num_envs)], args)

@@ -82,9 +82,14 @@ def test_soft_moe_of_one_token_is_the_dense_gate(ppo_moe):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("router", ["softmoe", "topk", "hardcoded"])
-def test_layers_equal_a_loop_over_experts(either, architecture, router):
-    """y = sum_i w_i f_i with a plain loop and the routers' own weights, which the trace shows; so do its features."""
-    moe, inputs, _ = network(either, architecture, router=router, num_experts=3, top_k=2, **tokens(either))
+@pytest.mark.parametrize("match_params", [False, True])
+def test_layers_equal_a_loop_over_experts(either, architecture, router, match_params):
+    """y = sum_i w_i f_i with a plain loop and the routers' own weights, which the trace shows; so do its features.
+
+    The gradients are equal as well, also of layers with odd widths.
+    """
+    changes = {"num_experts": 3, "top_k": 2, "match_params": match_params and architecture != "final"}
+    moe, inputs, _ = network(either, architecture, router=router, **changes, **tokens(either))
 
     def check_weights(layer, x, w):  # that they come from the layer's own input
         if router == "softmoe":
@@ -93,8 +98,9 @@ def test_layers_equal_a_loop_over_experts(either, architecture, router):
 
     task, trace = torch.arange(9) % 3, {}
     result, sac_like = moe(*inputs, task, trace), either.SCRIPT.startswith("sac")
+    loops = []
     for number in range(2 if sac_like else 1):  # the two critics, or one network
-        x = inputs[-1]
+        x = inputs[-1] if sac_like else inputs[-1][..., :36]  # without padding
         weights = [w[number] if sac_like else w for w in (trace[key] for key in sorted(trace) if "router" in key)]
         features = trace["features"][number] if sac_like else trace["features"]
         if architecture == "big":
@@ -113,6 +119,28 @@ def test_layers_equal_a_loop_over_experts(either, architecture, router):
                 else:
                     x = apply(moe, number, layer, 0, x)
         torch.testing.assert_close(result[number] if sac_like else result, x, rtol=1e-4, atol=1e-5)
+        loops.append(x)
+    weights = torch.randn(result.shape)
+    parameters = list(moe.parameters())
+    gradients = torch.autograd.grad((weights * result).sum(), parameters, retain_graph=True)
+    expected = torch.autograd.grad((weights * (torch.stack(loops) if sac_like else loops[0])).sum(), parameters)
+    for mine, plain in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("router, top_k, rows", [("hardcoded", 1, 9), ("topk", 1, 9), ("topk", 2, 18)])
+def test_an_expert_computes_only_what_is_its_own(ppo_moe, monkeypatch, router, top_k, rows):
+    """Sparse layers multiply B k rows (the convolution: 64 times as many), not B n."""
+    moe, inputs, _ = network(ppo_moe, "big", router=router, num_experts=3, top_k=top_k)
+    product, seen = F.grouped_mm, []
+
+    def count(x, weight, offs):
+        seen.append((len(x), int(offs[-1])))
+        return product(x, weight, offs=offs)
+
+    monkeypatch.setattr(F, "grouped_mm", count)
+    moe(*inputs, torch.arange(9) % 2)
+    assert seen == [(64 * rows, 64 * rows), (rows, rows), (rows, rows)]
 
 
 def apply(moe, number, layer, expert, x):
@@ -499,7 +527,8 @@ def test_patches_make_a_convolution(ppo_moe):
     picture, patches = ppo_moe.see(obs)
     kernel = torch.randn(16, 6, 3, 3)
     expected = F.conv2d(obs.permute(0, 3, 1, 2).float(), kernel)  # (B, 16, 8, 8)
-    mine = patches @ kernel.permute(2, 3, 1, 0).reshape(54, 16)  # rows, columns, channels
+    assert patches.shape == (3, 64, 56) and not patches[..., 54:].any()  # rows of a multiple of 16 bytes
+    mine = patches[..., :54] @ kernel.permute(2, 3, 1, 0).reshape(54, 16)  # rows, columns, channels
     torch.testing.assert_close(mine.transpose(1, 2).view_as(expected), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(picture.view(3, 10, 10, 6).bool(), obs)
 
