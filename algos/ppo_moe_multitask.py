@@ -238,20 +238,15 @@ class Experts(nn.Module):
         self.bias = nn.Parameter(torch.zeros(experts, 1, outputs))
 
     def forward(self, x: torch.Tensor, route: Route | None = None) -> torch.Tensor:
-        """x (E, B, d), or (1, B, d) for all experts -> (E, B, h). A route's rows, c of each token: (1, R c, d or h).
-
-        What lies behind the d-th number must be 0.
-        """
-        number, d, h = self.weight.shape
+        """x (E, B, d), or (1, B, d) for all experts -> (E, B, h). A route's rows, c of each token: (1, R c, d or h)."""
+        weight = self.weight
         if route is None:
-            weight = F.pad(self.weight, (0, 0, 0, x.shape[2] - d))
-            return torch.baddbmm(self.bias, x.expand(number, -1, -1), weight)
-        if x.shape[2] % 4:  # grouped_mm wants rows that begin at multiples of 16 bytes
-            x = F.pad(x, (0, -d % 4))
-        rows = len(route.expert)
-        weight, ends = F.pad(self.weight, (0, -h % 4, 0, -d % 4)), route.ends * (x.shape[1] // rows)
-        y = F.grouped_mm(x[0], weight, offs=ends)[:, :h].unflatten(0, (rows, -1))  # (R, c, h)
-        return (y + self.bias[route.expert]).flatten(0, 1)[None]
+            return torch.baddbmm(self.bias, x.expand(len(weight), -1, -1), weight)
+        rows, (_, d, h) = len(route.expert), weight.shape
+        if d % 4 or h % 4:  # grouped_mm wants rows that begin at multiples of 16 bytes
+            x, weight = F.pad(x, (0, -d % 4)), F.pad(weight, (0, -h % 4, 0, -d % 4))
+        y = F.grouped_mm(x[0], weight, offs=route.ends * (x.shape[1] // rows))[:, :h]  # (R c, h)
+        return (y.unflatten(0, (rows, -1)) + self.bias[route.expert]).flatten(0, 1)[None]
 
 
 class TokenMoE(nn.Module):
@@ -374,16 +369,12 @@ def neurons(x: torch.Tensor) -> torch.Tensor:
 def see(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """obs (B, 10, 10, C) bool -> the pictures (B, 100 C) and their 3x3 patches (B, 64, 9 C), float.
 
-    Three neighbouring cells of a row are 3 C numbers in a row of memory, so the patches are copied in runs. Behind the
-    9 C of a patch there are up to three zeros, so that each begins at a multiple of 16 bytes.
+    Three neighbouring cells of a row are 3 C numbers in a row of memory, so the patches are copied in runs.
     """
     batch, side, _, channels = obs.shape
-    x, width = obs.float(), 9 * channels
-    windows = x.flatten(2).unfold(2, 3 * channels, channels).unfold(1, 3, 1)  # (B, 8, 8, 3 C, 3)
-    patches = x.new_empty(batch, side - 2, side - 2, width + -width % 4)
-    patches[..., :width].unflatten(3, (3, -1)).copy_(windows.transpose(3, 4))
-    patches[..., width:] = 0
-    return x.flatten(1), patches.flatten(1, 2)
+    x = obs.float()
+    patches = x.flatten(2).unfold(2, 3 * channels, channels).unfold(1, 3, 1)  # (B, 8, 8, 3 C, 3)
+    return x.flatten(1), patches.transpose(3, 4).reshape(batch, (side - 2) ** 2, 9 * channels)
 
 
 class Agent(nn.Module):
