@@ -312,11 +312,10 @@ class MoE(nn.Module):
                 trace["features"] = weighted(x, w if self.big else None)
             experts = weight.shape[1]
             x = x.expand(-1, experts, -1, -1).flatten(0, 1)  # (N E, B, d)
-            x = torch.baddbmm(bias.flatten(0, 1), x, weight.flatten(0, 1)).unflatten(0, (-1, experts))
-            if layer < 2:
-                x = x.relu_()
-                if trace is not None:
-                    trace[f"layer{layer + 1}"] = weighted(x, None if w is None else w > 0)
+            x = torch.baddbmm(bias.flatten(0, 1), x, weight.flatten(0, 1))
+            x = (x.relu_() if layer < 2 else x).unflatten(0, (-1, experts))  # of a view, autograd would copy gradients
+            if layer < 2 and trace is not None:
+                trace[f"layer{layer + 1}"] = weighted(x, None if w is None else w > 0)
             if w is not None and (layer == 2 or not self.big):
                 x, w = torch.einsum("kbn,knbh->kbh", w, x)[:, None], None  # y = sum_i w_i f_i(x)
         return x[:, 0]
