@@ -238,7 +238,10 @@ class Experts(nn.Module):
         self.bias = nn.Parameter(torch.zeros(experts, 1, outputs))
 
     def forward(self, x: torch.Tensor, route: Route | None = None) -> torch.Tensor:
-        """x (E, B, d), or (1, B, d) for all experts -> (E, B, h). A route's rows, c of each token: (1, R c, d or h)."""
+        """x (E, B, d), or (1, B, d) for all experts -> (E, B, h). A route's rows, c of each token: (1, R c, d or h).
+
+        In float32 grouped_mm is a loop over the experts inside PyTorch; on a GPU it waits to read the route's ends.
+        """
         weight = self.weight
         if route is None:
             return torch.baddbmm(self.bias, x.expand(len(weight), -1, -1), weight)
@@ -493,7 +496,7 @@ def losses_of(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, tor
 
 
 def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
-    """One step of Adam on actor and critic by a minibatch; no host synchronisation. Returns detached scalars."""
+    """One step of Adam on actor and critic by a minibatch. Returns detached scalars."""
     actor_loss, critic_loss, metrics = losses_of(agent, batch, args)
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(actor_loss + critic_loss, list(agent.parameters()))])
     agent.vector.grad = gradient.mul_((args.max_grad_norm / (gradient.norm() + 1e-6)).clamp_(max=1))
