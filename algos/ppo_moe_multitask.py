@@ -347,7 +347,7 @@ class MoE(nn.Module):
             rows = x.shape[1]
             x = experts(x.flatten(1, -2), route)
             if layer < 2:
-                x = F.relu(x, inplace=route is None)
+                x = F.relu(x, inplace=route is None)  # in place on a view, as a route gives, is slow
                 if trace is not None:  # of the convolution a neuron is a channel, and every position a sample
                     y = x.unflatten(1, (rows, -1))
                     trace[f"layer{layer + 1}"] = neurons(y if route is None else route.spread(y))

@@ -313,7 +313,7 @@ class MoE(nn.Module):
             experts = weight.shape[1]
             x = x.expand(-1, experts, -1, -1).flatten(0, 1)  # (N E, B, d)
             x = torch.baddbmm(bias.flatten(0, 1), x, weight.flatten(0, 1))
-            x = (x.relu_() if layer < 2 else x).unflatten(0, (-1, experts))  # of a view, autograd would copy gradients
+            x = (x.relu_() if layer < 2 else x).unflatten(0, (-1, experts))  # on a view autograd would copy gradients
             if layer < 2 and trace is not None:
                 trace[f"layer{layer + 1}"] = weighted(x, None if w is None else w > 0)
             if w is not None and (layer == 2 or not self.big):
