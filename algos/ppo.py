@@ -112,6 +112,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             except (ValueError, SyntaxError):
                 pass  # a plain word stays a string
         env = gym.make(name, **kwargs, **({"render_mode": render_mode} if render_mode else {}))
+        env.action_space.seed(0)
+        env.reset(seed=0), env.step(env.action_space.sample())  # an argument of a wrong kind may show only now
     except Exception as error:  # whatever the environment's own code raises
         hint = "give an id of gymnasium.pprint_registry(), with arguments as id?name=value&name=value"
         if isinstance(error, ImportError):
@@ -137,7 +139,9 @@ def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
 
 # === end shared ===
 # === shared: data parallel ===
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+RANK, WORLD = 0, 1  # number of this process, and how many there are
+if "LOCAL_RANK" in os.environ:  # started by torchrun
+    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def average(x: torch.Tensor) -> torch.Tensor:
@@ -471,7 +475,9 @@ LIMITS = {"seed": (0, 2**31), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef":
 
 
 def check_sizes(args: Args):
-    """Exits if the environments or the rollout cannot be divided as told."""
+    """Exits if the GPUs, the environments or the rollout cannot be divided as told."""
+    if WORLD > 1 and args.device not in ("cpu", "cuda"):
+        fail(f"--device {args.device}: {WORLD} processes need a GPU each; give cuda")
     if args.num_envs % WORLD:
         fail(f"--num-envs {args.num_envs}: must be a multiple of the {WORLD} processes")
     steps, parts = args.num_envs * args.num_steps, args.num_minibatches * WORLD
@@ -508,8 +514,12 @@ def check(args: Args, remedy: str = "--device cpu always works"):
                 fail(f"{flag(field.name)} {value}: must {bounds}")
     if args.video and args.evaluate is None:
         fail("--video: goes with --evaluate RUN_DIR")
+    if "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > WORLD:
+        fail("torchrun --nproc_per_node: this script is one process, ppo.py may be several; start it with python")
     try:
         assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # each process of torchrun has its own
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}; {remedy}")
@@ -550,7 +560,7 @@ def describe(args: Args) -> dict:
         "dirty": None if changes is None else bool(changes),
         "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),  # of torchrun
+        "processes": WORLD,
     }
 
 
@@ -710,10 +720,6 @@ def main(args: Args) -> Path | None:
         args = dataclasses.replace(args, total_timesteps=200_000)
     check_sizes(args)
     if WORLD > 1:
-        if args.device.startswith("cuda"):
-            args = dataclasses.replace(args, device=f"cuda:{os.environ['LOCAL_RANK']}")
-            check(args)  # that there is a GPU for each process
-            torch.cuda.set_device(args.device)
         torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
     configure(args)
     eval_env = make_env(args.env_id)
@@ -783,6 +789,8 @@ def main(args: Args) -> Path | None:
         """Logs a rollout and evaluates where that is due."""
         speed = (global_step - start_step) / (time.perf_counter() - started)
         scalars = {"charts/SPS": speed, "charts/learning_rate": agent.optimizers[0].param_groups[0]["lr"]}
+        # not finite if the last update broke a weight
+        scalars["charts/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
         if episodes:
             scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0).tolist()
             progress.set_postfix_str(f"return {scalars['charts/episodic_return']:.1f}", refresh=False)
@@ -851,6 +859,11 @@ def main(args: Args) -> Path | None:
             if signals:  # torchrun sends them to these processes as well
                 reason, code = f"{signal.Signals(signals[0]).name};", 128 + signals[0]
         stop(f"{reason} --resume {name_of_run} goes on from step {saved_step}", code)
+    except RuntimeError as error:
+        if WORLD == 1:
+            raise
+        reason = f"this or another process has failed ({str(error).splitlines()[0]})"
+        stop(f"{reason}; --resume {name_of_run} goes on from step {saved_step}", 1)
     finally:
         with contextlib.suppress(EOFError, OSError):  # one of its processes has ended
             envs.close()

@@ -38,8 +38,8 @@ picture, so the cells differ in at most n p - 1 of their 16 dimensions: in 2 wit
 all its games together, so a game with small rewards has a small part in the actor's gradient. With topk and hardcoded
 an expert computes the tokens that chose it and no others, as many as they are: nothing is dropped. All the same, with
 PerConv tokens, of which a picture has 64, they learn many times slower than Soft MoE; --tokens persamp is for them.
-Letters in the shape comments: S steps, N environments, B batch, T tasks, C channels, n experts, E = n or 1 experts of a
-layer, m tokens, k experts that compute a token, d inputs and h outputs of a layer.
+Letters in the shape comments: N environments (of the router: networks), B batch, T tasks, C channels, n experts, E = n
+or 1 experts of a layer, m tokens, k experts that compute a token, d inputs and h outputs of a layer.
 """
 
 import contextlib
@@ -67,7 +67,7 @@ from tqdm import tqdm
 
 CHANNELS = {"asterix": 4, "breakout": 4, "freeway": 7, "seaquest": 10, "space_invaders": 6}  # of MinAtar's games
 ACTIONS = 6  # nothing, left, up, right, down, fire: all games take all of them, what a game does not know does nothing
-TIME_LIMIT = 1_000  # steps of an episode, as in gymnax; MinAtar has none
+TIME_LIMIT = 1_000  # steps of an episode, as in gymnax; MinAtar has none but Freeway's 2,500
 Architecture = Literal["baseline", "middle", "final", "all", "big"]
 
 
@@ -642,6 +642,7 @@ def measure(agent: Agent, args: Args, global_step: int) -> list[dict]:
 
 LIMITS = {"seed": (0, 2**31), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, math.inf)}  # others: positive
 LIMITS |= {"load_balance": (0, math.inf)}
+WORLD = 1  # process; several are for ppo.py and ppo_pmoe.py
 
 
 # === shared: mixture checks ===
@@ -727,8 +728,12 @@ def check(args: Args, remedy: str = "--device cpu always works"):
                 fail(f"{flag(field.name)} {value}: must {bounds}")
     if args.video and args.evaluate is None:
         fail("--video: goes with --evaluate RUN_DIR")
+    if "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > WORLD:
+        fail("torchrun --nproc_per_node: this script is one process, ppo.py may be several; start it with python")
     try:
         assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # each process of torchrun has its own
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}; {remedy}")
@@ -769,7 +774,7 @@ def describe(args: Args) -> dict:
         "dirty": None if changes is None else bool(changes),
         "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),  # of torchrun
+        "processes": WORLD,
     }
 
 
@@ -951,7 +956,7 @@ def main(args: Args) -> Path:
         torch.set_rng_state(checkpoint["rng"])
         if args.device.startswith("cuda"):
             torch.cuda.set_rng_state(checkpoint["cuda_rng"], args.device)
-        if args.total_timesteps > checkpoint["args"]["total_timesteps"]:  # what was the end is not one any more
+        if checkpoint["args"]["total_timesteps"] <= global_step < args.total_timesteps:  # its end is not one any more
             eval_rows = [
                 r for r in eval_rows if r["policy"] == "deterministic" and due(args.eval_every, r["global_step"])
             ]
@@ -989,6 +994,8 @@ def main(args: Args) -> Path:
         """Logs a rollout, and evaluates and measures where that is due."""
         speed = (global_step - start_step) / (time.perf_counter() - started)
         scalars = {"charts/SPS": speed, "charts/learning_rate": agent.optimizer.param_groups[0]["lr"]}
+        # not finite if the last update broke a weight
+        scalars["charts/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
         for task in {task for task, *_ in episodes}:
             results = np.mean([values for t, *values in episodes if t == task], axis=0).tolist()
             scalars[f"charts/episodic_return_{task}"], scalars[f"charts/episodic_length_{task}"] = results

@@ -136,6 +136,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             except (ValueError, SyntaxError):
                 pass  # a plain word stays a string
         env = gym.make(name, **kwargs, **({"render_mode": render_mode} if render_mode else {}))
+        env.action_space.seed(0)
+        env.reset(seed=0), env.step(env.action_space.sample())  # an argument of a wrong kind may show only now
     except Exception as error:  # whatever the environment's own code raises
         hint = "give an id of gymnasium.pprint_registry(), with arguments as id?name=value&name=value"
         if isinstance(error, ImportError):
@@ -442,7 +444,8 @@ def update(agent: Agent, batch: Batch, task: torch.Tensor, args: Args) -> dict[s
     alpha_loss = -(agent.log_alpha[task] * (log_prob + agent.target_entropy)).mean()
     descend(alpha_loss, agent.alpha_optimizer)
 
-    torch._foreach_lerp_(list(agent.critic_target.parameters()), list(agent.critic.parameters()), args.tau)
+    with torch.no_grad():  # or the target would keep a graph of all its updates
+        torch._foreach_lerp_(list(agent.critic_target.parameters()), list(agent.critic.parameters()), args.tau)
     return {
         "losses/critic": critic_loss.detach(),
         "losses/actor": actor_loss.detach(),
@@ -539,7 +542,7 @@ def measure(agent: Agent, buffers: list[ReplayBuffer], args: Args, global_step: 
     entropy        mean over a task's states of the entropy of their weights [nats]: 0 is one expert per state
     cosine         between the gradients of two tasks' losses (columns task and item), with new draws of actions
     parameters     all of them, and those active for one sample: what is left without experts of weight 0
-    The two critics' numbers are averaged.
+    Of the two critics all but the last two are averaged; the cosine is of both gradients as one, parameters are a sum.
     """
     rows = []
 
@@ -589,6 +592,7 @@ def measure(agent: Agent, buffers: list[ReplayBuffer], args: Args, global_step: 
 
 # === shared: sac checks ===
 LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
+WORLD = 1  # process; several are for ppo.py and ppo_pmoe.py
 
 
 def check_sizes(args: Args, env: gym.Env):
@@ -638,8 +642,12 @@ def check(args: Args, remedy: str = "--device cpu always works"):
                 fail(f"{flag(field.name)} {value}: must {bounds}")
     if args.video and args.evaluate is None:
         fail("--video: goes with --evaluate RUN_DIR")
+    if "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > WORLD:
+        fail("torchrun --nproc_per_node: this script is one process, ppo.py may be several; start it with python")
     try:
         assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # each process of torchrun has its own
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}; {remedy}")
@@ -680,7 +688,7 @@ def describe(args: Args) -> dict:
         "dirty": None if changes is None else bool(changes),
         "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),  # of torchrun
+        "processes": WORLD,
     }
 
 
@@ -806,8 +814,9 @@ def check_tasks(args: Args) -> Args:
     if args.protocol == "continual" and args.total_timesteps < number * args.cycles:
         fail(f"--total-timesteps {args.total_timesteps}: fewer than the {number * args.cycles} phases; give more")
     steps = args.total_timesteps // (number * args.cycles)
-    if steps <= args.learning_starts:
-        fail(f"--learning-starts {args.learning_starts}: counts for each task, which has only {steps} steps; lower it")
+    if steps < args.learning_starts + args.update_every:
+        few = f"each task has only {steps} steps, fewer than with --update-every {args.update_every} lead to an update"
+        fail(f"--learning-starts {args.learning_starts}: {few}; lower one of them or give more --total-timesteps")
     return args
 
 
@@ -1029,7 +1038,8 @@ def main(args: Args) -> Path:
             save_now = interrupted or global_step % args.checkpoint_every == 0
             speed = (global_step - start_step) / (time.perf_counter() - started)
             if losses and (global_step % 1000 == 0 or evaluate_now or save_now):
-                metrics = {"charts/SPS": speed}
+                metrics = {"charts/SPS": speed}  # the norm is not finite if the last update broke a weight
+                metrics["charts/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
                 for key, value in losses.items():  # a number, or one per task
                     names = [f"{key}_{k}" for k in range(len(value))] if value.ndim else [key]
                     metrics |= dict(zip(names, value.flatten().tolist(), strict=True))

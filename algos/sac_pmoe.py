@@ -114,6 +114,8 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             except (ValueError, SyntaxError):
                 pass  # a plain word stays a string
         env = gym.make(name, **kwargs, **({"render_mode": render_mode} if render_mode else {}))
+        env.action_space.seed(0)
+        env.reset(seed=0), env.step(env.action_space.sample())  # an argument of a wrong kind may show only now
     except Exception as error:  # whatever the environment's own code raises
         hint = "give an id of gymnasium.pprint_registry(), with arguments as id?name=value&name=value"
         if isinstance(error, ImportError):
@@ -356,7 +358,8 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     alpha_loss = agent.log_alpha * (entropy - agent.target_entropy)
     descend(alpha_loss, agent.alpha_optimizer)
 
-    torch._foreach_lerp_(list(agent.critic_target.parameters()), list(agent.critic.parameters()), args.tau)
+    with torch.no_grad():  # or the target would keep a graph of all its updates
+        torch._foreach_lerp_(list(agent.critic_target.parameters()), list(agent.critic.parameters()), args.tau)
     return {
         "losses/critic": critic_loss.detach(),
         "losses/actor": actor_loss.detach(),
@@ -370,6 +373,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
 
 # === shared: sac checks ===
 LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
+WORLD = 1  # process; several are for ppo.py and ppo_pmoe.py
 
 
 def check_sizes(args: Args, env: gym.Env):
@@ -419,8 +423,12 @@ def check(args: Args, remedy: str = "--device cpu always works"):
                 fail(f"{flag(field.name)} {value}: must {bounds}")
     if args.video and args.evaluate is None:
         fail("--video: goes with --evaluate RUN_DIR")
+    if "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > WORLD:
+        fail("torchrun --nproc_per_node: this script is one process, ppo.py may be several; start it with python")
     try:
         assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # each process of torchrun has its own
         torch.zeros(1, device=args.device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device {args.device}: {str(error).splitlines()[0]}; {remedy}")
@@ -461,7 +469,7 @@ def describe(args: Args) -> dict:
         "dirty": None if changes is None else bool(changes),
         "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
-        "processes": int(os.environ.get("WORLD_SIZE", 1)),  # of torchrun
+        "processes": WORLD,
     }
 
 
@@ -721,7 +729,8 @@ def main(args: Args) -> Path:
             save_now = interrupted or global_step % args.checkpoint_every == 0
             speed = (global_step - start_step) / (time.perf_counter() - started)
             if losses and (global_step % 1000 == 0 or evaluate_now or save_now):
-                metrics = {"charts/SPS": speed}
+                metrics = {"charts/SPS": speed}  # the norm is not finite if the last update broke a weight
+                metrics["charts/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
                 for key, value in (losses | agent.actor.diagnostics(batch.obs)).items():  # a number, or one per expert
                     names = [f"{key}_{k}" for k in range(len(value))] if value.ndim else [key]
                     metrics |= dict(zip(names, value.flatten().tolist(), strict=True))

@@ -72,6 +72,51 @@ def test_soft_moe_equals_a_loop_over_experts_and_slots(ppo_moe, slots):
         assert trace["router2"][b].tolist() == pytest.approx(usage)
 
 
+@pytest.mark.parametrize("router, top_k", [("topk", 1), ("topk", 2), ("hardcoded", 1)])
+def test_chosen_experts_of_cells_equal_a_loop_over_cells(ppo_moe, router, top_k):
+    """Several tasks in one batch; what the trace shows; the load-balancing loss of all cells."""
+    args = ppo_args(ppo_moe, "middle", router=router, num_experts=4, top_k=top_k)
+    moe = ppo_moe.TokenMoE(7, args, size=8)
+    moe.up.bias.data.normal_()
+    moe.down.bias.data.normal_()
+    x, task, trace = torch.randn(5, 6, 8), torch.tensor([0, 2, 1, 0, 2]), {}
+    result = moe(x, task, trace)
+    neurons, counts, shares = torch.zeros(30, 4, 7), torch.zeros(4), torch.zeros(4)
+    for b in range(5):
+        usage = torch.zeros(4)
+        for j in range(6):
+            y = torch.zeros(8)
+            if router == "hardcoded":
+                weights = {int(task[b]): 1.0}
+            else:
+                softmax = (x[b, j] @ moe.router.phi[0]).softmax(0)
+                weights = {i: softmax[i] for i in sorted(range(4), key=lambda i: -softmax[i])[:top_k]}
+                shares += softmax / 30
+            for i, w in weights.items():
+                h = (x[b, j] @ moe.up.weight[i] + moe.up.bias[i, 0]).relu()
+                y += w * (h @ moe.down.weight[i] + moe.down.bias[i, 0])
+                neurons[6 * b + j, i] = h
+                usage[i] += w / 6
+                counts[i] += 1 / (30 * top_k)
+            torch.testing.assert_close(result[b, j], y, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(trace["router2"][b], usage)
+    torch.testing.assert_close(trace["layer2"], neurons.flatten(1), rtol=1e-4, atol=1e-5)
+    if router == "topk":
+        torch.testing.assert_close(moe.router.balance, 4 * (counts * shares).sum())
+
+
+def test_load_balance_of_cells_is_part_of_the_loss(ppo_moe):
+    args = ppo_args(ppo_moe, "middle", router="topk", num_experts=4, load_balance=2.0)
+    agent, zeros = ppo_moe.Agent(args), torch.zeros(9)
+    batch = ppo_moe.Batch(torch.rand(9, 10, 10, 6) < 0.2, zeros.long(), zeros.long(), zeros, torch.randn(9), zeros)
+    with_it = ppo_moe.losses_of(agent, batch, args)
+    without = ppo_moe.losses_of(agent, batch, ppo_moe.dataclasses.replace(args, load_balance=0.0))
+    for i, net in enumerate((agent.actor, agent.critic)):
+        balance = net.layers[1].router.balance
+        assert balance > 0.9
+        torch.testing.assert_close(with_it[i] - without[i], 2 * balance)
+
+
 def test_soft_moe_of_one_token_is_the_dense_gate(ppo_moe):
     moe = ppo_moe.TokenMoE(7, ppo_args(ppo_moe, num_experts=4), size=5).double()
     x = torch.randn(3, 1, 5, dtype=torch.float64)
@@ -366,6 +411,31 @@ def test_measure_of_ppo_on_a_made_network(ppo_moe, monkeypatch):
     assert rows == ppo_moe.measure(agent, args, 5)
 
 
+def test_measure_of_ppo_sees_equal_and_opposite_tasks(ppo_moe, monkeypatch):
+    """Two tasks with the same states: cosine 1; with the advantage's and the error's other sign: -1."""
+    args = ppo_args(ppo_moe, "baseline", tasks=("breakout", "asterix"), ent_coef=0.0)
+    agent, sign = ppo_moe.Agent(args), 1
+    obs, action, advantage = torch.rand(20, 10, 10, 4) < 0.2, torch.arange(20) % 6, torch.randn(20)
+    with torch.no_grad():
+        inputs = ppo_moe.see(obs)
+        log_prob = agent.actor(*inputs, None).log_softmax(1).gather(1, action[:, None])[:, 0]
+        value = agent.critic(*inputs, None)[:, 0]
+
+    def made_rollout(*_):
+        parts = [
+            (obs, torch.full((20,), t), action, log_prob, s * advantage, value + s * advantage)
+            for t, s in ((0, 1), (1, sign))
+        ]
+        return ppo_moe.Batch(*(torch.cat(column) for column in zip(*parts, strict=True))), []
+
+    pytest.importorskip("minatar")
+    monkeypatch.setattr(ppo_moe, "rollout", made_rollout)
+    for sign in (1, -1):
+        rows = ppo_moe.measure(agent, args, 0)
+        for name in ("actor", "critic"):
+            assert value_of(rows, network=name, metric="cosine", task=0, item=1) == pytest.approx(sign, abs=1e-3)
+
+
 def test_a_neuron_of_the_convolution_is_a_channel(ppo_moe, monkeypatch):
     """Sokar et al. 2023: so 16 of them stand beside 128. The tasks' own rows; rank and norm of what the head gets."""
     pytest.importorskip("minatar")
@@ -417,6 +487,12 @@ def test_parameters_are_counted(sac_moe, ppo_moe):
         args = ppo_args(ppo_moe, router="hardcoded", num_experts=3, tokens="persamp")
         total = sum(e * size for e, size in zip(experts, layers, strict=True))
         assert ppo_moe.count_parameters(ppo_moe.MoE(4, 6, 1.0, architecture, args), args) == (total, sum(layers))
+    for module, arguments in ((sac_moe, (1, 5, 4)), (ppo_moe, (4, 6, 1.0))):  # two of three experts
+        args = module.Args(num_experts=3, router="topk", top_k=2)
+        moe = module.MoE(*arguments, "big", args)
+        routing = next(p.numel() for key, p in moe.named_parameters() if "phi" in key)
+        experts = sum(p.numel() for p in moe.parameters()) - routing
+        assert module.count_parameters(moe, args) == (experts + routing, experts // 3 * 2 + routing)
     args = ppo_args(ppo_moe, num_experts=8, slots=2)  # per-cell tokens: 16-128-16, and a head of 1,024 inputs
     total = 37 * 16 + 8 * (17 * 128 + 129 * 16) + 16 * 16 + 1025 * 6
     assert ppo_moe.count_parameters(ppo_moe.MoE(4, 6, 1.0, "middle", args), args) == (total, total)
@@ -471,6 +547,7 @@ def test_each_task_has_its_own_temperature(sac_moe):
     agent, buffers = fill(sac_moe, args)
     batch, task = sac_moe.draw_batch(buffers, [1], 16)
     sac_moe.update(agent, batch, task, args)
+    assert not any(p.requires_grad for p in agent.critic_target.parameters())  # else it keeps a graph of all updates
     start = math.log(args.alpha_init)
     assert agent.log_alpha[[0, 2]].tolist() == pytest.approx([start, start])
     assert agent.log_alpha[1] < start - 1e-4  # the fresh policy is nearly uniform: above the target entropy
@@ -682,6 +759,45 @@ def test_evaluation_takes_the_best_action_or_draws_one(ppo_moe, monkeypatch):
     played.clear()
     ppo_moe.evaluate(agent, args, "stochastic", 0)
     assert len(set(played)) == 6
+
+
+def test_evaluation_gives_every_game_its_own_picture_and_task(ppo_moe, monkeypatch):
+    """Also when others have ended: each task's expert has an action of its own, and the pictures are recorded."""
+    pytest.importorskip("minatar")
+    args = ppo_args(ppo_moe, tasks=("breakout", "asterix"), router="hardcoded", num_experts=2, eval_episodes=3)
+    agent, played, seen = ppo_moe.Agent(args), [], []
+    agent.actor.layers[2].bias.data[0, 0, 1] = agent.actor.layers[2].bias.data[1, 0, 3] = 10.0
+    step, see = ppo_moe.Games.step, ppo_moe.see
+
+    def record(games, i, action):
+        picture = seen[-1][sum(step_ == len(seen) for step_, *_ in played)]
+        played.append((len(seen), i, action, torch.equal(picture, torch.from_numpy(games.obs[i]))))
+        return step(games, i, action)
+
+    monkeypatch.setattr(ppo_moe, "see", lambda obs: seen.append(obs.clone()) or see(obs))
+    monkeypatch.setattr(ppo_moe.Games, "step", record)
+    rows = ppo_moe.evaluate(agent, args, "deterministic", 0)
+    assert all(action == (1 if i < 3 else 3) and right for _, i, action, right in played)
+    assert len({sum(i == game for _, i, *_ in played) for game in range(6)}) > 1  # some ended before others
+    assert [round(row["length"] * 3) for row in rows] == [sum(i // 3 == task for _, i, *_ in played) for task in (0, 1)]
+
+
+def test_evaluation_of_sac_tells_the_networks_the_task(sac_moe):
+    """Each task's expert always takes an action of its own."""
+    tasks = ("Pendulum-v1?max_episode_steps=4", "Pendulum-v1?max_episode_steps=5")
+    args = sac_args(sac_moe, tasks=2, router="hardcoded", num_experts=2, eval_episodes=1)
+    args, played = sac_moe.dataclasses.replace(args, tasks=tasks), [[], []]
+    agent = sac_moe.Agent(3, 1, args)
+    bias = agent.actor.moe.biases[2].data  # (1, n, 1, 2): mean and log standard deviation
+    bias[0, 0, 0, 0], bias[0, 1, 0, 0] = 10.0, -10.0
+    envs = sac_moe.make_envs(tasks)
+    for env, actions in zip(envs, played, strict=True):
+        step = env.step
+        env.step = lambda action, step=step, actions=actions: actions.append(float(action[0])) or step(action)
+    for policy in ("deterministic", "stochastic"):
+        sac_moe.evaluate(agent, envs, args, policy, 0)
+    assert len(played[0]) == 8 and len(played[1]) == 10
+    assert all(a > 0.99 for a in played[0]) and all(a < -0.99 for a in played[1])
 
 
 def test_frames_show_every_game_to_its_end(ppo_moe):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 
+import gymnasium as gym
 import pytest
 import torch
 from conftest import ALGOS, MULTITASK, load
@@ -175,6 +177,28 @@ def test_signal_stops_with_a_checkpoint_and_resume_is_exact(module, tmp_path, mo
     assert equal(whole, tmp_path / "run")
 
 
+def test_resume_at_a_switch_is_exact(module, tmp_path, monkeypatch, capsys):
+    """The checkpoint at the end of the first phase has Adam's moments of it, the second starts without."""
+    half, end = STEPS[module.SCRIPT]
+    settings = {"protocol": "continual", "checkpoint_every": half}
+    whole = train(module, tmp_path / "whole", **settings)
+    evaluate, evaluations = module.evaluate, []
+
+    def evaluate_then_signal(*arguments):
+        evaluations.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(module, "evaluate", evaluate_then_signal)
+        train(module, tmp_path / "run", **settings)
+    assert len(evaluations) == 1
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert half <= saved["global_step"] <= half + 1  # SAC sees the signal one step later
+    module.main(module.Args(resume=str(tmp_path / "run")))
+    assert equal(whole, tmp_path / "run")
+
+
 def test_sac_plays_the_tasks_as_scheduled(tmp_path):
     """The replay of each task has what was played, also where a task comes back and goes on with its episode."""
     module = quick("sac_moe_multitask")
@@ -266,6 +290,15 @@ def test_a_multitask_run_can_be_made_longer_and_a_continual_one_cannot(module, f
     assert stop.value.code == 2 and f"--total-timesteps {longer}" in error and error.count("\n") == 1
 
 
+def test_a_run_that_overshot_keeps_its_end_when_it_is_made_no_longer(tmp_path):
+    """PPO ends with a whole rollout, here of 64 steps."""
+    module = quick("ppo_moe_multitask")
+    run = train(module, tmp_path / "run", total_timesteps=100)
+    rows = (run / "eval.csv").read_bytes(), (run / "moe.csv").read_bytes()
+    module.main(module.Args(resume=str(run), total_timesteps=120))
+    assert rows == ((run / "eval.csv").read_bytes(), (run / "moe.csv").read_bytes()) and rows[0].count(b"\n") == 5
+
+
 def test_divergence_stops_the_run_and_keeps_the_checkpoint(module, tmp_path, capsys):
     rate = {"q_lr" if module.SCRIPT.startswith("sac") else "learning_rate": 1e30}
     with pytest.raises(SystemExit) as stop:
@@ -274,6 +307,45 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(module, tmp_path, cap
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_broken_weights_are_neither_measured_nor_saved(module, tmp_path, monkeypatch, capsys):
+    """Those after the first learning, whose loss still was finite; an evaluation and a checkpoint are due."""
+    name, step = {"sac_moe_multitask": ("update", 39), "ppo_moe_multitask": ("learn", 64)}[module.SCRIPT]
+    learn, learned = getattr(module, name), []
+
+    def learn_nonsense(agent, *arguments):
+        learned.append(learn(agent, *arguments))
+        next(agent.actor.parameters()).data.fill_(math.nan)
+        return learned[0]
+
+    monkeypatch.setattr(module, name, learn_nonsense)
+    with pytest.raises(SystemExit) as stop:
+        train(module, tmp_path / "run", eval_every=step, checkpoint_every=step)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and f"step {step}: the training has diverged" in error
+    assert torch.load(tmp_path / "run" / "checkpoint.pt")["global_step"] == 0
+
+
+def test_only_ppo_runs_under_torchrun(module, tmp_path, monkeypatch, capsys):
+    for key, value in (("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(key, value)
+    with pytest.raises(SystemExit) as stop:
+        train(module, tmp_path / "run")
+    assert stop.value.code == 2 and "start it with python" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+class TwoActions(gym.ActionWrapper):
+    """Observes what Pendulum does."""
+
+    def __init__(self):
+        super().__init__(gym.make("Pendulum-v1"))
+        self.action_space = gym.spaces.Box(-1, 1, (2,))
+
+    def action(self, action):
+        return action[:1]
+
+
+gym.register("Pendulum2-v0", TwoActions, max_episode_steps=10)
 WRONG = {
     "two experts, top three": (dict(router="topk", top_k=3), "--top-k 3"),
     "more tasks than experts": (dict(router="hardcoded", num_experts=1), "--num-experts 1"),
@@ -291,7 +363,9 @@ WRONG = {
 }
 WRONG_SAC = {
     "other observations": (dict(tasks=("Pendulum-v1", "Hopper-v5")), "--tasks Hopper-v5"),
-    "other actions": (dict(tasks=("MountainCarContinuous-v0", "MountainCarContinuous-v0?x=1")), "--tasks Mountain"),
+    "other actions": (dict(tasks=("Pendulum-v1", "Pendulum2-v0")), "--tasks Pendulum2-v0: action_space has shape"),
+    "argument of a wrong kind": (dict(tasks=("Pendulum-v1?g=abc",)), "--tasks Pendulum-v1?g=abc"),
+    "no update": (dict(learning_starts=70, update_every=130), "--update-every 130"),
     "unknown set": (dict(tasks=("target-eating",)), "sets: target-reaching"),
     "discrete actions": (dict(tasks=("CartPole-v1",), batch_size=8), "--tasks CartPole-v1"),
     "a task twice": (dict(tasks=("Pendulum-v1", "Pendulum-v1")), "--tasks Pendulum-v1 Pendulum-v1"),

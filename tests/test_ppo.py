@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
 
@@ -526,6 +527,39 @@ script.main(script.Args(env_id="moe_envs:TargetReaching-v0?max_episode_steps=30"
 assert 12 <= len(updates) < 24, updates  # three rollouts of four updates per pass, some without a second pass
 torch.save(agents[0].state_dict(), f"{sys.argv[3]}/agent{script.RANK}.pt")
 """
+
+
+FAILING = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import conftest, pathlib, test_ppo
+script = conftest.load("ppo")
+rollout = script.Sampler.rollout
+
+def failing_rollout(sampler, agent):
+    if script.RANK == 1:
+        raise FloatingPointError("a reward is not finite")
+    return rollout(sampler, agent)
+
+script.Sampler.rollout = failing_rollout
+test_ppo.run(script, pathlib.Path(sys.argv[3]))
+"""
+
+
+def test_where_one_process_fails_each_says_so_in_a_line(tmp_path):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", FAILING, str(ALGOS.parent / "tests"), str(ALGOS), str(tmp_path / "run")]
+    jobs = [
+        subprocess.Popen(command, env=os.environ | address | {"RANK": i, "LOCAL_RANK": i}, stderr=-1, text=True)
+        for i in "01"
+    ]
+    errors = [job.communicate(timeout=100)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [1, 1]
+    for error, expected in zip(errors, ("another process has failed", "a reward is not finite"), strict=True):
+        assert expected in error and error.splitlines()[-1].startswith("ppo.py: step 0") and "Traceback" not in error
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("name", ["ppo", "ppo_pmoe"])

@@ -97,6 +97,13 @@ def test_update_equals_the_losses_written_out(sac):
             torch.testing.assert_close(after[key], moved, rtol=1e-6, atol=1e-7)
 
 
+def test_target_critic_keeps_no_graph(sac_script):
+    """Else every update would stay in memory."""
+    agent = sac_script.Agent(3, 2, sac_script.Args())
+    sac_script.update(agent, make_batch(sac_script), sac_script.Args())
+    assert not any(p.requires_grad for p in agent.critic_target.parameters())
+
+
 @pytest.mark.parametrize("entropy_too_low", [True, False])
 def test_temperature_rises_while_the_entropy_is_too_low(sac_script, entropy_too_low):
     args = sac_script.Args(policy_lr=1e-9)

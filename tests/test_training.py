@@ -193,6 +193,25 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(script, tmp_path, cap
     assert all(v.isfinite().all() for v in saved["agent"].values())
 
 
+def test_broken_weights_do_not_replace_a_checkpoint(script, tmp_path, monkeypatch, capsys):
+    """The update right before a checkpoint, whose loss still was finite, makes them so."""
+    name, learned = {"sac": "update", "ppo": "learn"}[family(script)], []
+    learn = getattr(script, name)
+
+    def learn_nonsense(agent, *arguments):
+        learned.append(learn(agent, *arguments))
+        next(agent.actor.parameters()).data.fill_(math.nan)
+        return learned[0]
+
+    monkeypatch.setattr(script, name, learn_nonsense)
+    with pytest.raises(SystemExit) as stop:
+        train(script, tmp_path / "run", checkpoint_every={"sac": 150, "ppo": 22}[family(script)])
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and "has diverged, charts/weight_norm" in error
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["global_step"] == 0 and len(learned) == 1
+
+
 class Strange(gym.Env):
     """Its 55th step gives `obs` and `reward`; it observes its count of steps, in `dtype`, and pays for the action."""
 
@@ -393,6 +412,12 @@ class Spaces(gym.Env):
     def __init__(self, observation_space, action_space):
         self.observation_space, self.action_space = observation_space, action_space
 
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
 
 line, whole = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(0, 9, (1,), np.int64)
 gym.register("Picture-v0", lambda: Spaces(gym.spaces.Box(0, 1, (2, 2)), line), max_episode_steps=10)
@@ -411,6 +436,7 @@ WRONG = {  # regular expressions: what the error has to say
     ),
     "unknown environment argument": (dict(env_id="moe_envs:TargetReaching-v0?colour=red"), "colour.*id.name=value"),
     "argument without value": (dict(env_id="moe_envs:TargetReaching-v0?layout"), "layout .*random.*id.name=value"),
+    "argument of a wrong kind": (dict(env_id="Pendulum-v1?g=abc"), "--env-id Pendulum-v1.g=abc: .*id.name=value"),
     "no steps": (dict(total_timesteps=0), "--total-timesteps 0"),
     "negative seed": (dict(seed=-1), "--seed -1"),
     "gamma above one": (dict(gamma=1.5), "--gamma 1.5"),
@@ -470,6 +496,13 @@ def test_wrong_input_is_one_line_that_names_the_flag(script, tmp_path, name, mon
 @pytest.mark.parametrize("name", WRONG_SAC)
 def test_wrong_input_of_sac(sac_script, tmp_path, name, monkeypatch, capsys):
     wrong_input(sac_script, *WRONG_SAC[name], tmp_path, monkeypatch, capsys)
+
+
+def test_only_ppo_runs_under_torchrun(sac_script, tmp_path, monkeypatch, capsys):
+    """Its processes would all write to one folder."""
+    for key, value in (("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(key, value)
+    wrong_input(sac_script, {}, "torchrun.* start it with python", tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("name", WRONG_PPO)
