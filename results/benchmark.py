@@ -157,7 +157,7 @@ SUITES |= {
     ],
     "ppo-target-reaching": [
         Suite("TargetReaching-v0-fixed-ppo", "--eval-every 10000", range(1, 6), REACHING),
-        Suite("TargetReaching-v0-random-ppo", f"{RANDOM} --eval-episodes 50", range(1, 6), REACHING),
+        Suite("TargetReaching-v0-random-ppo", f"{RANDOM} --eval-episodes 50", range(1, 4), REACHING),
     ],
     "ppo-num-experts": [  # 8 is in ppo-mujoco
         ppo_mujoco(

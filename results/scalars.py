@@ -3,8 +3,10 @@
 python results/scalars.py results/runs/TargetReaching-v0-fixed/sac_pmoe/s1
 
 TensorBoard's files are too large for a repository; of the curves under policy/ and moe/, and of the loss of PPO-PMOE's
-Q-network, this keeps 50 points at most, and for each of these the mean return of the training episodes since the point
-before (nan if none ended). Where the run has a moe.csv, what is under moe/ and the returns are there or in eval.csv.
+Q-network, this keeps 50 points at most, and for each of these the mean of charts/episodic_return since the point before
+(nan if no episode ended). Of SAC that is a number per episode, of PPO the mean of those that ended in a rollout, so a
+rollout with few long episodes weighs as much as one with many short ones. Where the run has a moe.csv, what is under
+moe/ and the returns are there or in eval.csv.
 """
 
 import csv
