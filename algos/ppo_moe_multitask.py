@@ -247,7 +247,8 @@ class Experts(nn.Module):
             return torch.baddbmm(self.bias, x.expand(len(weight), -1, -1), weight)
         rows, (_, d, h) = len(route.expert), weight.shape
         if d % 4 or h % 4:  # grouped_mm wants rows that begin at multiples of 16 bytes
-            x, weight = F.pad(x, (0, -d % 4)), F.pad(weight, (0, -h % 4, 0, -d % 4))
+            x = torch.cat([x, x.new_zeros(1, x.shape[1], -d % 4)], 2)  # F.pad would write it twice
+            weight = F.pad(weight, (0, -h % 4, 0, -d % 4))
         y = F.grouped_mm(x[0], weight, offs=route.ends * (x.shape[1] // rows))[:, :h]  # (R c, h)
         return (y.unflatten(0, (rows, -1)) + self.bias[route.expert]).flatten(0, 1)[None]
 
