@@ -114,8 +114,9 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
             except (ValueError, SyntaxError):
                 pass  # a plain word stays a string
         env = gym.make(name, **kwargs, **({"render_mode": render_mode} if render_mode else {}))
-        env.action_space.seed(0)
-        env.reset(seed=0), env.step(env.action_space.sample())  # an argument of a wrong kind may show only now
+        env.unwrapped.action_space.seed(0)
+        env.unwrapped.reset(seed=0)
+        env.unwrapped.step(env.unwrapped.action_space.sample())  # an argument of a wrong kind may show only now
     except Exception as error:  # whatever the environment's own code raises
         hint = "give an id of gymnasium.pprint_registry(), with arguments as id?name=value&name=value"
         if isinstance(error, ImportError):
