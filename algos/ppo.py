@@ -141,7 +141,7 @@ def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
 # === end shared ===
 # === shared: data parallel ===
 RANK, WORLD = 0, 1  # number of this process, and how many there are
-if "LOCAL_RANK" in os.environ:  # started by torchrun
+if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():  # started by torchrun
     RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
@@ -515,7 +515,7 @@ def check(args: Args, remedy: str = "--device cpu always works"):
                 fail(f"{flag(field.name)} {value}: must {bounds}")
     if args.video and args.evaluate is None:
         fail("--video: goes with --evaluate RUN_DIR")
-    if "LOCAL_RANK" in os.environ and int(os.environ["WORLD_SIZE"]) > WORLD:
+    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > WORLD:
         fail("torchrun --nproc_per_node: this script is one process, ppo.py may be several; start it with python")
     try:
         assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"

@@ -1004,7 +1004,9 @@ those of the last evaluation, which has its own environment and seeds, where the
   small differences decide nothing. One seed has none, and decides nothing whatever it is: its curves are dashed.
 * **Distance of two experts** is that of the actions they mean, at most 2 sqrt(A) with A actions in [-1, 1]: 2.8 on
   target reaching, 3.5 on Hopper, 4.9 on HalfCheetah and Walker2d, 5.7 on Ant, 8.2 on Humanoid and HumanoidStandup.
-* **Labels** begin with the script; what follows is the flag that differs from its defaults, or from its first label:
+* **Steps/s** and **minutes** are medians of whole runs, evaluations included, with other runs on the same machine.
+  A **commit** with + had uncommitted changes. Under each table is the command of each label's first seed.
+* **Labels** begin with the script, or its protocol; what follows stands for flags:
 
   | label | flag |
   |---|---|
@@ -1016,9 +1018,6 @@ those of the last evaluation, which has its own environment and seeds, where the
   | `ppo_pmoe-means` | `--gate-gradient both --selection means` |
   | `ppo_pmoe-1` to `-16` | `--gate-gradient both` with that `--num-experts` |
   | `multitask-`, `continual-` | `--protocol`; then router and architecture |
-
-* **Steps/s** and **minutes** are medians of whole runs, evaluations included, with other runs on the same machine.
-  A **commit** with + had uncommitted changes. Under each table is the command of each label's first seed.
 """
 
 

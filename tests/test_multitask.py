@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import os
 import re
 import shutil
@@ -16,7 +15,7 @@ import pytest
 import torch
 from conftest import ALGOS, MULTITASK, load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import flags, model, same, start
+from test_training import break_weights, flags, model, same, start
 
 pytest.importorskip("minatar")
 SMALL = {
@@ -308,16 +307,9 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(module, tmp_path, cap
 
 
 def test_broken_weights_are_neither_measured_nor_saved(module, tmp_path, monkeypatch, capsys):
-    """Those after the first learning, whose loss still was finite; an evaluation and a checkpoint are due."""
-    name, step = {"sac_moe_multitask": ("update", 39), "ppo_moe_multitask": ("learn", 64)}[module.SCRIPT]
-    learn, learned = getattr(module, name), []
-
-    def learn_nonsense(agent, *arguments):
-        learned.append(learn(agent, *arguments))
-        next(agent.actor.parameters()).data.fill_(math.nan)
-        return learned[0]
-
-    monkeypatch.setattr(module, name, learn_nonsense)
+    """Those after the first learning; an evaluation and a checkpoint are due."""
+    break_weights(module, monkeypatch)
+    step = {"sac_moe_multitask": 39, "ppo_moe_multitask": 64}[module.SCRIPT]
     with pytest.raises(SystemExit) as stop:
         train(module, tmp_path / "run", eval_every=step, checkpoint_every=step)
     error = capsys.readouterr().err

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import load
@@ -226,6 +227,33 @@ def test_plot_writes_figures_and_a_page_and_repeats_to_the_byte(plot, tmp_path):
     assert "| 0.33 [0.00, 1.00] |" in page
     assert "on both sides: 3 of 6, all seeds counted" in page
     assert "| mix | 3 | 0.300 to 0.300 | - | 0.250 to 2.500 | - |" in page
+
+
+class Falling(gym.Env):
+    """Its pitch, the second of two numbers, is pi after 200 steps, and before where it is 0."""
+
+    observation_space, action_space = gym.spaces.Box(-9, 9, (2,)), gym.spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        self.steps = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.array([0, math.pi * (self.steps > 200)], np.float32), 1.0, False, False, {}
+
+
+gym.register("Falling-v0", Falling, max_episode_steps=250)
+
+
+def test_gait_is_the_pitch_after_the_first_steps(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(RESULTS)
+    ppo = script_of("ppo")
+    sizes = dict(total_timesteps=8, num_envs=2, num_steps=4, num_minibatches=2, eval_episodes=1)
+    ppo.main(ppo.Args(env_id="Falling-v0", run_dir=str(tmp_path), **sizes))
+    table = list(csv.DictReader(open(load("gait", RESULTS).main(tmp_path))))
+    assert [row["policy"] for row in table] == ["deterministic"] * 3 + ["stochastic"] * 3
+    assert {(row["return"], row["upright"]) for row in table} == {("250.0", "-1.000")}
 
 
 def test_scalars_of_a_run_that_was_resumed(tmp_path):

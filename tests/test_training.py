@@ -193,23 +193,29 @@ def test_divergence_stops_the_run_and_keeps_the_checkpoint(script, tmp_path, cap
     assert all(v.isfinite().all() for v in saved["agent"].values())
 
 
-def test_broken_weights_do_not_replace_a_checkpoint(script, tmp_path, monkeypatch, capsys):
-    """The update right before a checkpoint, whose loss still was finite, makes them so."""
-    name, learned = {"sac": "update", "ppo": "learn"}[family(script)], []
+def break_weights(script, monkeypatch):
+    """Its learning leaves weights that are not finite, after a loss that was."""
+    name = {"sac": "update", "ppo": "learn"}[family(script)]
     learn = getattr(script, name)
 
     def learn_nonsense(agent, *arguments):
-        learned.append(learn(agent, *arguments))
+        metrics = learn(agent, *arguments)
         next(agent.actor.parameters()).data.fill_(math.nan)
-        return learned[0]
+        return metrics
 
     monkeypatch.setattr(script, name, learn_nonsense)
+
+
+def test_broken_weights_do_not_replace_a_checkpoint(script, tmp_path, monkeypatch, capsys):
+    """The first learning, right before a checkpoint, makes them so."""
+    break_weights(script, monkeypatch)
+    step = {"sac": 150, "ppo": 22}[family(script)]
     with pytest.raises(SystemExit) as stop:
-        train(script, tmp_path / "run", checkpoint_every={"sac": 150, "ppo": 22}[family(script)])
+        train(script, tmp_path / "run", checkpoint_every=step)
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("\n") == 1 and "has diverged, charts/weight_norm" in error
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["global_step"] == 0 and len(learned) == 1
+    assert stop.value.code == 1 and error.count("\n") == 1
+    assert f"step {step}: the training has diverged, charts/weight_norm" in error
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["global_step"] == 0
 
 
 class Strange(gym.Env):
