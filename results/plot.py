@@ -961,11 +961,20 @@ def claims(runs: dict[str, dict[str, list[Run]]]) -> list[str]:
             row("Big with Soft MoE has fewer dormant neurons", compared, *shares, -1)
     for claim, one, other in (
         ("Big with Soft MoE learns better", "softmoe-big", "baseline"),
+        ("Big is a better place for Soft MoE than middle (our question)", "softmoe-big", "softmoe-middle"),
+        ("Soft MoE is better than top-1 (2402.08609, of agents without an actor)", "softmoe-big", "topk-big"),
         ("Hardcoded routing can beat learned routing", "hardcoded-big", "softmoe-big"),
+        ("Hardcoded routing can beat learned routing", "hardcoded-middle", "topk-middle"),  # both have PerSamp tokens
     ):
         for protocol in ("multitask", "continual"):
             relative = (returns(f"{protocol}-{kind}") for kind in (one, other))
             row(claim, f"{protocol}: relative return, {one} - {other}", *relative, 1)
+    gains = []
+    for protocol in ("continual", "multitask"):
+        one, other = (returns(f"{protocol}-{kind}") for kind in ("softmoe-big", "baseline"))
+        gains.append({seed: one[seed] - other[seed] for seed in one.keys() & other.keys()})
+    compared = "relative return, softmoe-big - baseline: continual - multitask"
+    row("Big with Soft MoE helps most in continual training", compared, *gains, 1)
     for label in ("continual-baseline", "continual-softmoe-big"):
         reversed_runs = runs.get(f"{MINATAR}-reversed", {}).get(label)
         for task in labels[label][0].info["args"]["tasks"] if label in labels and reversed_runs else []:
