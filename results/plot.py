@@ -832,18 +832,18 @@ def table_of_tasks(labels: dict[str, list[Run]], column: int) -> list[str]:
     """Return (1) or success (2) of each task at the end, and the last of each measurement, actor / critic."""
     args = next(iter(labels.values()))[0].info["args"]
     continual = args["protocol"] == "continual"  # the mean is then that of what each task had reached in its phase
-    heads = ["label", "seeds", *map(short, args["tasks"]), "mean" if column == 2 else "mean / baseline's"]
+    heads = ["label", "seeds", *map(short, args["tasks"]), "mean" if column == 2 else "relative mean"]
     heads[-1] += " at the end of phases" * continual
     heads += ["dormant", "rank", "features", "cosine", "parameters, millions", "active", "steps/s", "commit"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     digits, statistic = (2, mean) if column == 2 else (1, iqm)
     every = {label: ends_of(group, column, of_phases=continual) for label, group in labels.items()}
-    base = next((statistic(ends) for label, ends in every.items() if label.endswith("baseline")), np.nan)
+    best = np.max([statistic(ends) for ends in every.values()], axis=0)
     for label, group in labels.items():
         ends = every[label]
         cells = [label, len(group), *(with_interval(end, digits, statistic) for end in ends_of(group, column).T)]
-        # returns of different games have different units, so each is divided by the baseline's
-        cells += [with_interval((ends if column == 2 else ends / base).mean(1), 2, statistic)]
+        # returns of different games have different units, so each is divided by the best label's: none counts for more
+        cells += [with_interval((ends if column == 2 else ends / best).mean(1), 2, statistic)]
         metrics = (("dormant_0.025", "total", 2), ("rank", "", 0), ("width", "", 0), ("cosine", "", 2))
         for metric, item, places in metrics:
             last = [[measured(run, n, metric, item)[1] for run in group] for n in ("actor", "critic")]
@@ -896,6 +896,8 @@ def section_of_tasks(env: str, every: dict[str, list[Run]], figures: Path) -> li
         lines += [*table_of_tasks(labels, 1 + success), ""]
         if protocol == "continual":
             lines += [*table_of_phases(labels, 1 + success), ""]
+        if not success:
+            lines.append("Relative mean: of each task's return divided by that of the label that is best in it (IQM).")
         lines += [
             "Dormant (tau 0.025, all hidden layers), rank, number of features, cosine (mean over pairs of tasks):",
             "actor / critic, mean over the seeds.",
@@ -923,9 +925,9 @@ def compare(one: dict[int, float], other: dict[int, float]) -> tuple[str, int]:
 
 
 RELATIVE_RETURN = """
-Relative return: each game's divided by the interquartile mean of the baseline's, mean over the games; at the end of the
-run or, continual, of each game's own (last) phase. *For* or *against*: the 95% bootstrap interval of the difference
-leaves out 0.
+Relative return: each game's divided by that of the label that is best in it (interquartile mean, same protocol), mean
+over the games; at the end of the run or, continual, of each game's own (last) phase. *For* or *against*: the 95%
+bootstrap interval of the difference leaves out 0.
 """
 
 
@@ -940,14 +942,11 @@ def claims(runs: dict[str, dict[str, list[Run]]]) -> list[str]:
         group = labels.get(label, [])
         return by_seed(label, [measured(run, network, "dormant_0.025", "total")[1][-1] for run in group])
 
-    def returns(label):  # games have different units, so each is divided by the baseline's
-        base = labels.get(f"{label.split('-')[0]}-baseline")
-        if not base or label not in labels:
-            return {}
-        learned, expected = (
-            ends_of(group, 1, of_phases=label.startswith("continual")) for group in (labels[label], base)
-        )
-        return by_seed(label, (learned / iqm(expected)).mean(1))
+    def returns(label):  # relative, as in table_of_tasks
+        protocol = label.split("-")[0]
+        every = {k: ends_of(g, 1, protocol == "continual") for k, g in labels.items() if k.startswith(protocol)}
+        best = np.max([iqm(ends) for ends in every.values()], axis=0)
+        return by_seed(label, (every[label] / best).mean(1)) if label in every else {}
 
     def row(claim, quantity, one, other, wanted):
         text, sign = compare(one, other)

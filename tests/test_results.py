@@ -341,7 +341,7 @@ def test_claims_are_compared_seed_by_seed(plot, tmp_path):
         forgotten = tmp_path / "runs" / plot.MINATAR / "continual-softmoe-big" / f"s{seed}" / "eval.csv"
         rows = forgotten.read_text().replace(f"1000,deterministic,0,10,{seed * 1000}", "1000,deterministic,0,10,0")
         forgotten.write_text(rows)  # after its phase, so it does not count
-        unlearned = tmp_path / "runs" / plot.MINATAR / "multitask-softmoe-big" / f"s{seed}" / "eval.csv"
+        unlearned = tmp_path / "runs" / plot.MINATAR / "multitask-baseline" / f"s{seed}" / "eval.csv"
         rows = unlearned.read_text().replace(f"1000,deterministic,1,10,{seed * 1000 + 1}", "1000,deterministic,1,10,0")
         unlearned.write_text(rows)
         order = dict(env=f"{plot.MINATAR}-reversed", tasks=["right", "left"], experts=())
@@ -353,10 +353,11 @@ def test_claims_are_compared_seed_by_seed(plot, tmp_path):
         for claim in (*(f"Big with Soft MoE {verb}" for verb in ("has", "learns", "helps")), "Hardcoded", "The order")
     )
     assert [row.split(" | ")[4] for row in rows if "continual-softmoe-big | 3" in row] == ["1.00 [0.43, 1.71]"]
+    assert [row.split(" | ")[4] for row in rows if "multitask-baseline | 3" in row] == ["0.50 [0.21, 0.86]"]
     assert len(dormant) == 4 and all("-0.25 [-0.25, -0.25], 3 seeds | for |" in row for row in dormant)
-    assert len(learns) == 2 and "-0.50 [-0.86, -0.21], 3 seeds | against |" in learns[0]
+    assert len(learns) == 2 and "+0.50 [+0.21, +0.86], 3 seeds | for |" in learns[0]
     assert "+0.00 [+0.00, +0.00], 3 seeds | undecided |" in learns[1]
-    assert len(helps) == 1 and "+0.50 [+0.21, +0.86], 3 seeds | for |" in helps[0]
+    assert len(helps) == 1 and "-0.50 [-0.86, -0.21], 3 seeds | against |" in helps[0]
     assert len(beats) == 4 and all("| - | undecided |" in row for row in beats)
     order = "return at the end of its phase, given order - reversed"  # it is the later, the better: seed * step + task
     assert f"left: {order} | -1167.67 [-2001.00, -501.00], 3 seeds | for |" in matters[0]
