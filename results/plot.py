@@ -796,7 +796,7 @@ def plot_experts(labels: dict[str, list[Run]], path: Path):
             for (task, expert), weight in np.ndenumerate(weights):
                 if weight >= 0.005:
                     colour = "white" if weight > 0.6 else "black"
-                    text = {"ha": "center", "va": "center", "fontsize": 7 if len(groups) < 4 else 5, "color": colour}
+                    text = {"ha": "center", "va": "center", "fontsize": 7 if len(groups) < 4 else 6, "color": colour}
                     axis.text(expert, task, f"{weight:.2f}", **text)
     save(figure, path)
 
@@ -886,11 +886,12 @@ def section_of_tasks(env: str, every: dict[str, list[Run]], figures: Path) -> li
             text += "where its expert is not chosen), effective rank (delta 0.01) and norm of the last layer's input: "
             text += "interquartile mean over the seeds, 95% bootstrap intervals."
             captions[f"{name}{suffix}-networks"] = f"{text}{switches} {seeds_of(some)} {commit}"
-        if any(map(has_experts, labels.values())):
-            plot_experts(labels, figures / f"{name}-experts.png")
+            if not any(map(has_experts, some.values())):
+                continue
+            plot_experts(some, figures / f"{name}{suffix}-experts.png")
             text = "Share of each expert (columns) in the weights on the states of each task (rows) at the end; first "
             text += "router of the network, first seed of each label, not a chosen one. Empty: below 0.005."
-            captions[f"{name}-experts"] = f"{text} {commit}"
+            captions[f"{name}{suffix}-experts"] = f"{text} {commit}"
         for file, caption in captions.items():
             lines += [f"![{file}](figures/{file}.png)", "", f"*{caption}*", ""]
         lines += [*table_of_tasks(labels, 1 + success), ""]

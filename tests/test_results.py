@@ -329,7 +329,7 @@ def test_plot_of_several_architectures_and_of_experts_in_one_network(plot, tmp_p
     path.write_text(path.read_text().replace('"critic_moe": "big"', '"critic_moe": "middle"'))
     plot.main(tmp_path)
     names = {path.name for path in (tmp_path / "figures").iterdir()}
-    parts = {f"-{a}{b}" for a in ("big", "middle") for b in ("", "-networks")} | {"-experts"}
+    parts = {f"-{a}{b}" for a in ("big", "middle") for b in ("", "-networks", "-experts")}
     assert names == {f"Games-multitask{part}.png" for part in parts}
 
 
