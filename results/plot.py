@@ -944,10 +944,12 @@ def claims(runs: dict[str, dict[str, list[Run]]]) -> list[str]:
         return by_seed(label, [measured(run, network, "dormant_0.025", "total")[1][-1] for run in group])
 
     def returns(label):  # relative, as in table_of_tasks
+        if label not in labels:
+            return {}
         protocol = label.split("-")[0]
         every = {k: ends_of(g, 1, protocol == "continual") for k, g in labels.items() if k.startswith(protocol)}
         best = np.max([iqm(ends) for ends in every.values()], axis=0)
-        return by_seed(label, (every[label] / best).mean(1)) if label in every else {}
+        return by_seed(label, (every[label] / best).mean(1))
 
     def row(claim, quantity, one, other, wanted):
         text, sign = compare(one, other)

@@ -364,6 +364,13 @@ def test_claims_are_compared_seed_by_seed(plot, tmp_path):
     assert f"right: {order} | +1167.67 [+501.00, +2001.00], 3 seeds | for |" in matters[1]
 
 
+def test_claims_of_one_protocol_alone(plot, tmp_path):
+    make_run_of_tasks(tmp_path, "multitask-baseline", 1, experts=(), env=plot.MINATAR)
+    rows = plot.claims(plot.read_runs(tmp_path / "runs"))
+    compared = "continual: relative return, softmoe-big - baseline"
+    assert f"| Big with Soft MoE learns better | {compared} | - | undecided |" in rows
+
+
 def test_plot_of_ppo_on_mujoco_and_of_the_number_of_experts(plot, tmp_path):
     for seed in (1, 3):
         make_run(tmp_path, env="HalfCheetah-v5-ppo", label="ppo", seed=seed)
