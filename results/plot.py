@@ -815,6 +815,15 @@ def ends_of(group: list[Run], column: int, of_phases: bool = False) -> np.ndarra
     return np.array(rows)
 
 
+def relative(ends: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns (n, T) of each label -> (n,): each divided by that of the label that is best in the task, mean over them.
+
+    Returns of different games have different units; so none counts for more than the others.
+    """
+    best = np.max([iqm(values) for values in ends.values()], axis=0)
+    return {label: (values / best).mean(1) for label, values in ends.items()}
+
+
 def table_of_phases(labels: dict[str, list[Run]], column: int) -> list[str]:
     """continual: what each task had reached at the end of its own phase, and what is left of it at the end."""
     tasks = next(iter(labels.values()))[0].info["args"]["tasks"]
@@ -838,12 +847,10 @@ def table_of_tasks(labels: dict[str, list[Run]], column: int) -> list[str]:
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     digits, statistic = (2, mean) if column == 2 else (1, iqm)
     every = {label: ends_of(group, column, of_phases=continual) for label, group in labels.items()}
-    best = np.max([statistic(ends) for ends in every.values()], axis=0)
+    means = {label: ends.mean(1) for label, ends in every.items()} if column == 2 else relative(every)
     for label, group in labels.items():
-        ends = every[label]
         cells = [label, len(group), *(with_interval(end, digits, statistic) for end in ends_of(group, column).T)]
-        # returns of different games have different units, so each is divided by the best label's: none counts for more
-        cells += [with_interval((ends if column == 2 else ends / best).mean(1), 2, statistic)]
+        cells += [with_interval(means[label], 2, statistic)]
         metrics = (("dormant_0.025", "total", 2), ("rank", "", 0), ("width", "", 0), ("cosine", "", 2))
         for metric, item, places in metrics:
             last = [[measured(run, n, metric, item)[1] for run in group] for n in ("actor", "critic")]
@@ -943,13 +950,12 @@ def claims(runs: dict[str, dict[str, list[Run]]]) -> list[str]:
         group = labels.get(label, [])
         return by_seed(label, [measured(run, network, "dormant_0.025", "total")[1][-1] for run in group])
 
-    def returns(label):  # relative, as in table_of_tasks
+    def returns(label):
         if label not in labels:
             return {}
         protocol = label.split("-")[0]
         every = {k: ends_of(g, 1, protocol == "continual") for k, g in labels.items() if k.startswith(protocol)}
-        best = np.max([iqm(ends) for ends in every.values()], axis=0)
-        return by_seed(label, (every[label] / best).mean(1))
+        return by_seed(label, relative(every)[label])
 
     def row(claim, quantity, one, other, wanted):
         text, sign = compare(one, other)
@@ -964,13 +970,13 @@ def claims(runs: dict[str, dict[str, list[Run]]]) -> list[str]:
     for claim, one, other in (
         ("Big with Soft MoE learns better", "softmoe-big", "baseline"),
         ("Big is a better place for Soft MoE than middle (our question)", "softmoe-big", "softmoe-middle"),
-        ("Soft MoE is better than top-1 (2402.08609, of agents without an actor)", "softmoe-big", "topk-big"),
+        ("Soft MoE is better than top-1 (2402.08609, of value-based agents)", "softmoe-big", "topk-big"),
         ("Hardcoded routing can beat learned routing", "hardcoded-big", "softmoe-big"),
         ("Hardcoded routing can beat learned routing", "hardcoded-middle", "topk-middle"),  # both have PerSamp tokens
     ):
         for protocol in ("multitask", "continual"):
-            relative = (returns(f"{protocol}-{kind}") for kind in (one, other))
-            row(claim, f"{protocol}: relative return, {one} - {other}", *relative, 1)
+            both = (returns(f"{protocol}-{kind}") for kind in (one, other))
+            row(claim, f"{protocol}: relative return, {one} - {other}", *both, 1)
     gains = []
     for protocol in ("continual", "multitask"):
         one, other = (returns(f"{protocol}-{kind}") for kind in ("softmoe-big", "baseline"))
