@@ -923,19 +923,24 @@ MINATAR = "MinAtar-3-games"
 
 
 def compare(one: dict[int, float], other: dict[int, float]) -> tuple[str, int]:
-    """Mean difference one - other over the seeds that both have, with its interval; its sign, 0 if that has both."""
+    """Mean difference one - other over the seeds that both have, with its interval, and its sign.
+
+    The sign is 0 where the interval has both, and with fewer than three seeds: two agree by chance every other time.
+    """
     seeds = sorted(one.keys() & other.keys())
     differences = np.array([one[seed] - other[seed] for seed in seeds])
     if len(seeds) < 2:
         return (f"{differences[0]:+.2f} (one seed)" if seeds else "-"), 0
     low, high = interval(differences, mean)
-    return f"{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}], {len(seeds)} seeds", int(low > 0) - int(high < 0)
+    sign = int(low > 0) - int(high < 0) if len(seeds) > 2 else 0
+    return f"{differences.mean():+.2f} [{low:+.2f}, {high:+.2f}], {len(seeds)} seeds", sign
 
 
 RELATIVE_RETURN = """
 Relative return: each game's divided by that of the label that is best in it (interquartile mean, same protocol), mean
-over the games; at the end of the run or, continual, of each game's own (last) phase. *For* or *against*: the 95%
-bootstrap interval of the difference leaves out 0.
+over the games; at the end of the run or, continual, of each game's own (last) phase. *For* or *against*: there are
+three seeds or more, and the 95% bootstrap interval of the difference leaves out 0. With three seeds this is so where
+all three differences have one sign, which they have by chance one time in four: a leaning, no proof.
 """
 
 

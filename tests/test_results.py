@@ -364,6 +364,12 @@ def test_claims_are_compared_seed_by_seed(plot, tmp_path):
     assert f"right: {order} | +1167.67 [+501.00, +2001.00], 3 seeds | for |" in matters[1]
 
 
+def test_two_seeds_that_agree_decide_no_claim(plot):
+    assert plot.compare({1: 3.0, 2: 5.0, 3: 9.0}, {1: 1.0, 2: 1.0}) == ("+3.00 [+2.00, +4.00], 2 seeds", 0)
+    assert plot.compare({1: 3.0, 2: 5.0, 3: 4.0}, {1: 1.0, 2: 1.0, 3: 1.0}) == ("+3.00 [+2.00, +4.00], 3 seeds", 1)
+    assert plot.compare({1: 3.0, 2: 5.0, 3: 0.0}, {1: 1.0, 2: 1.0, 3: 1.0})[1] == 0
+
+
 def test_claims_of_one_protocol_alone(plot, tmp_path):
     make_run_of_tasks(tmp_path, "multitask-baseline", 1, experts=(), env=plot.MINATAR)
     rows = plot.claims(plot.read_runs(tmp_path / "runs"))
