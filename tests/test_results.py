@@ -333,7 +333,7 @@ def test_plot_of_several_architectures_and_of_experts_in_one_network(plot, tmp_p
     assert names == {f"Games-multitask{part}.png" for part in parts}
 
 
-def test_claims_are_compared_seed_by_seed(plot, tmp_path):
+def test_claims_compare_labels(plot, tmp_path):
     for seed in (1, 2, 4):
         for protocol in ("multitask", "continual"):
             for kind, experts in (("baseline", ()), ("softmoe-big", ("actor", "critic"))):
@@ -354,27 +354,32 @@ def test_claims_are_compared_seed_by_seed(plot, tmp_path):
     )
     assert [row.split(" | ")[4] for row in rows if "continual-softmoe-big | 3" in row] == ["1.00 [0.43, 1.71]"]
     assert [row.split(" | ")[4] for row in rows if "multitask-baseline | 3" in row] == ["0.50 [0.21, 0.86]"]
-    assert len(dormant) == 4 and all("-0.25 [-0.25, -0.25], 3 seeds | for |" in row for row in dormant)
-    assert len(learns) == 2 and "+0.50 [+0.21, +0.86], 3 seeds | for |" in learns[0]
-    assert "+0.00 [+0.00, +0.00], 3 seeds | undecided |" in learns[1]
-    assert len(helps) == 1 and "-0.50 [-0.86, -0.21], 3 seeds | against |" in helps[0]
-    assert len(beats) == 4 and all("| - | undecided |" in row for row in beats)
-    order = "return at the end of its phase, given order - reversed"  # it is the later, the better: seed * step + task
-    assert f"left: {order} | -1167.67 [-2001.00, -501.00], 3 seeds | for |" in matters[0]
-    assert f"right: {order} | +1167.67 [+501.00, +2001.00], 3 seeds | for |" in matters[1]
+    sides = "softmoe-big: 0.25 [0.25, 0.25] (3) | baseline: 0.50 [0.50, 0.50] (3)"
+    assert len(dormant) == 4 and all(f"share at the end | {sides} | for |" in row for row in dormant)
+    sides = "softmoe-big: 1.00 [0.43, 1.71] (3) | baseline: 0.50 [0.21, 0.86] (3)"
+    assert len(learns) == 2 and f"multitask: relative return | {sides} | undecided |" in learns[0]
+    assert (
+        len(helps) == 1 and "continual: 0.00 [0.00, 0.00] (3) | multitask: 0.50 [0.21, 0.86] (3) | against" in helps[0]
+    )
+    assert len(beats) == 4 and all("| hardcoded-" in row and ": - | undecided |" in row for row in beats[2:])
+    sides = "given order: 1166.67 [500.00, 2000.00] (3) | reversed: 2334.33 [1001.00, 4001.00] (3)"
+    assert f"left: return at the end of its phase | {sides} | undecided |" in matters[0]
 
 
-def test_two_seeds_that_agree_decide_no_claim(plot):
-    assert plot.compare({1: 3.0, 2: 5.0, 3: 9.0}, {1: 1.0, 2: 1.0}) == ("+3.00 [+2.00, +4.00], 2 seeds", 0)
-    assert plot.compare({1: 3.0, 2: 5.0, 3: 4.0}, {1: 1.0, 2: 1.0, 3: 1.0}) == ("+3.00 [+2.00, +4.00], 3 seeds", 1)
-    assert plot.compare({1: 3.0, 2: 5.0, 3: 0.0}, {1: 1.0, 2: 1.0, 3: 1.0})[1] == 0
+def test_a_claim_is_decided_where_three_seeds_are_apart(plot):
+    low, high = np.array([1.0, 2.0, 3.0]), np.array([4.0, 3.5, 9.0])
+    assert (plot.compare(high, low), plot.compare(low, high)) == (1, -1)
+    assert plot.compare(high - 0.5, low) == 0  # two are equal
+    assert plot.compare(high[:2], low) == plot.compare(high, low[:2]) == plot.compare(high, low[:0]) == 0
 
 
 def test_claims_of_one_protocol_alone(plot, tmp_path):
     make_run_of_tasks(tmp_path, "multitask-baseline", 1, experts=(), env=plot.MINATAR)
     rows = plot.claims(plot.read_runs(tmp_path / "runs"))
-    compared = "continual: relative return, softmoe-big - baseline"
-    assert f"| Big with Soft MoE learns better | {compared} | - | undecided |" in rows
+    assert (
+        "| Big with Soft MoE learns better | continual: relative return | softmoe-big: - | baseline: - | undecided |"
+        in rows
+    )
 
 
 def test_plot_of_ppo_on_mujoco_and_of_the_number_of_experts(plot, tmp_path):
