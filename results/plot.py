@@ -952,7 +952,7 @@ def claims(runs: dict[str, dict[str, list[Run]]]) -> list[str]:
         every = {k: ends_of(g, 1, protocol == "continual") for k, g in labels.items() if k.startswith(protocol)}
         return relative(every)[label]
 
-    def row(claim, quantity, sides: dict[str, np.ndarray], wanted):
+    def row(claim, quantity, sides: dict[str, np.ndarray], wanted: int | None):  # None: a difference, either way
         one, other = sides.values()
         sign = compare(one, other)
         verdict = "undecided" if not sign else "for" if wanted in (sign, None) else "against"
@@ -978,7 +978,7 @@ def claims(runs: dict[str, dict[str, list[Run]]]) -> list[str]:
     gains = {}
     for protocol in ("continual", "multitask"):
         one, other = (returns(f"{protocol}-{kind}") for kind in ("softmoe-big", "baseline"))
-        gains[protocol] = np.array([x - y for x, y in zip(one, other, strict=False)])  # seed by seed
+        gains[protocol] = np.array([x - y for x, y in zip(one, other, strict=False)])  # in the order of seeds
     row("Big with Soft MoE helps most in continual training", "relative return, softmoe-big - baseline", gains, 1)
     for label in ("continual-baseline", "continual-softmoe-big"):
         reversed_runs = runs.get(f"{MINATAR}-reversed", {}).get(label)
