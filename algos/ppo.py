@@ -519,6 +519,7 @@ def check(args: Args, remedy: str = "--device cpu always works"):
         fail("torchrun --nproc_per_node: this script is one process, ppo.py may be several; start it with python")
     try:
         assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
+        assert args.device == "cpu" or torch.cuda.is_available(), "PyTorch finds no GPU"
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # each process of torchrun has its own
         torch.zeros(1, device=args.device)
@@ -574,7 +575,7 @@ def new_run_dir(args: Args) -> Path:
         fail(f"--run-dir {run_dir}: holds another run; choose an empty folder, or continue it with --resume {run_dir}")
     run = json.dumps(describe(args), indent=1).encode()
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)  # of two runs of one second only one has it
         write(run_dir / "run.json", run)
     except OSError as error:
         fail(f"--run-dir {run_dir}: {error.strerror or error}; choose a folder that can be written")

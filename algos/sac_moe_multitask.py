@@ -16,7 +16,7 @@ What differs from sac.py:
    stay, and Adam starts anew: its moments would go on moving an expert whose task is over.
 2. Every task has a temperature and an equal part of the replay. multitask: a batch has equal shares of all tasks.
    continual: it is the running task's alone (nothing is rehearsed). --learning-starts counts for each task: of the
-   160,000 steps of four tasks 40,000 are random.
+   160,000 steps of four tasks 40,000 are random, and the first update is at the last random step of the first task.
 3. Actor and critics know the task as a one-hot behind the observation. --no-task-id takes it away from the networks and
    their routers, except from hardcoded routing.
 4. MLP states are one token per sample (PerSamp), for which Soft MoE is the dense gate above. --actor-moe, --critic-moe:
@@ -647,6 +647,7 @@ def check(args: Args, remedy: str = "--device cpu always works"):
         fail("torchrun --nproc_per_node: this script is one process, ppo.py may be several; start it with python")
     try:
         assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
+        assert args.device == "cpu" or torch.cuda.is_available(), "PyTorch finds no GPU"
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # each process of torchrun has its own
         torch.zeros(1, device=args.device)
@@ -702,7 +703,7 @@ def new_run_dir(args: Args) -> Path:
         fail(f"--run-dir {run_dir}: holds another run; choose an empty folder, or continue it with --resume {run_dir}")
     run = json.dumps(describe(args), indent=1).encode()
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)  # of two runs of one second only one has it
         write(run_dir / "run.json", run)
     except OSError as error:
         fail(f"--run-dir {run_dir}: {error.strerror or error}; choose a folder that can be written")
@@ -814,10 +815,12 @@ def check_tasks(args: Args) -> Args:
         args = dataclasses.replace(args, total_timesteps=160_000)
     if args.protocol == "continual" and args.total_timesteps < number * args.cycles:
         fail(f"--total-timesteps {args.total_timesteps}: fewer than the {number * args.cycles} phases; give more")
-    steps = args.total_timesteps // (number * args.cycles)
-    if steps < args.learning_starts + args.update_every:
-        few = f"each task has only {steps} steps, fewer than with --update-every {args.update_every} lead to an update"
-        fail(f"--learning-starts {args.learning_starts}: {few}; lower one of them or give more --total-timesteps")
+    steps, before, where = args.total_timesteps, number * max(args.learning_starts, 1), "the run"
+    if args.protocol == "continual":
+        steps, before, where = steps // (number * args.cycles), max(args.learning_starts, 1), "a phase"
+    if steps < before + args.update_every - 1:
+        few = f"with --update-every {args.update_every} the {steps} steps of {where} may see no update"
+        fail(f"--learning-starts {args.learning_starts}: {few}; lower one of the two or give more --total-timesteps")
     return args
 
 
@@ -997,6 +1000,7 @@ def main(args: Args) -> Path:
             else:
                 phase = running_phase(global_step, args)
                 if phase and phase != running_phase(global_step - 1, args):
+                    losses = {}  # of the task before
                     for optimizer in agent.optimizers:
                         optimizer.state.clear()
                 task, learned = phase % number, [phase % number]

@@ -11,11 +11,12 @@ import time
 from dataclasses import replace
 
 import gymnasium as gym
+import imageio.v3
 import pytest
 import torch
 from conftest import ALGOS, MULTITASK, load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import break_weights, flags, model, same, start
+from test_training import NO_GPU, break_weights, flags, model, same, start
 
 pytest.importorskip("minatar")
 SMALL = {
@@ -95,10 +96,56 @@ def test_files_of_a_run(module, finished):
         assert len(weights) == 8 and sum(weights) == pytest.approx(4, abs=1e-4)  # 2 evaluations, tasks, experts
         counted = sum(p.numel() for key, p in model(finished).items() if key.startswith(f"{network}."))
         assert run["parameters"][network] == {"total": counted, "active": counted}
-    router = {"sac_moe_multitask": "router1", "ppo_moe_multitask": "router2"}[module.SCRIPT]
-    events = EventAccumulator(str(finished)).Reload()
-    assert sorted(events.Tags()["images"]) == [f"moe/{network}/{router}" for network in ("actor", "critic")]
     assert run["versions"]["minatar"]
+
+
+def test_tensorboard_has_what_the_tables_have(module, tmp_path):
+    """Every number of eval.csv and moe.csv, and the weights as pictures: a row of blocks for each of the 2 tasks."""
+    run = train(module, tmp_path / "run", num_experts=3)
+    events = EventAccumulator(str(run), {"scalars": 0, "images": 0}).Reload()
+    logged = {
+        tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"] if tag[:4] != "char"
+    }
+    for row in rows_of(run / "eval.csv"):
+        suffix = "" if row["policy"] == "deterministic" else "_stochastic"
+        value = logged[f"eval/return{suffix}_{row['task']}"][int(row["global_step"])]
+        assert value == pytest.approx(float(row["return"]), rel=1e-6)
+    weights = {}
+    for row in rows_of(run / "moe.csv"):
+        parts = [row[key] for key in ("network", "metric", "task", "item") if row[key]]
+        step, value = int(row["global_step"]), float(row["value"])
+        assert logged["/".join(["moe", *parts])][step] == pytest.approx(value, rel=1e-6)
+        if row["metric"].startswith("router"):
+            key = f"moe/{row['network']}/{row['metric']}", step
+            weights.setdefault(key, torch.zeros(2, 3))[int(row["task"]), int(row["item"])] = value
+    pictures = {(tag, e.step): e for tag in events.Tags()["images"] for e in events.Images(tag)}
+    assert pictures.keys() == weights.keys() and len(weights) == 4  # 2 networks, 2 evaluations
+    for key, picture in pictures.items():
+        pixels = torch.from_numpy(imageio.v3.imread(picture.encoded_image_string)[..., 0].copy())
+        assert pixels.shape == (40, 60)
+        assert torch.allclose(pixels[10::20, 10::20] / 255, weights[key], atol=1 / 255)
+
+
+def test_sac_success_is_that_of_the_last_step():
+    """Episodes of 3 steps whose environment knows success at the end; eval.csv has the share of each task."""
+    module = quick("sac_moe_multitask")
+    ends = {0: iter([True, False, False, True]), 1: iter([False] * 3 + [True])}
+
+    class Knows(gym.Wrapper):
+        def __init__(self, env, task):
+            super().__init__(env)
+            self.ends = ends[task]
+
+        def step(self, action):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            done = terminated or truncated
+            return obs, reward, terminated, truncated, info | {"success": next(self.ends) if done else not done}
+
+    tasks = ("Pendulum-v1?max_episode_steps=3", "Pendulum-v1?g=3.0&max_episode_steps=3")
+    envs = [Knows(env, task) for task, env in enumerate(module.make_envs(tasks))]
+    args = module.Args(tasks=tasks, eval_episodes=4)
+    rows = module.evaluate(module.Agent(3, 1, args), envs, args, "deterministic", 0)
+    assert [(row["task"], row["success"]) for row in rows] == [(0, 0.5), (1, 0.25)]
 
 
 def test_printed_counts_are_those_of_the_networks(module, tmp_path, capsys):
@@ -198,20 +245,37 @@ def test_resume_at_a_switch_is_exact(module, tmp_path, monkeypatch, capsys):
     assert equal(whole, tmp_path / "run")
 
 
-def test_sac_plays_the_tasks_as_scheduled(tmp_path):
-    """The replay of each task has what was played, also where a task comes back and goes on with its episode."""
+def test_sac_plays_the_tasks_as_scheduled(tmp_path, monkeypatch):
+    """Also where a task comes back and goes on with its episode; the replay of each task has what was played of it."""
     module = quick("sac_moe_multitask")
-    for protocol, cycles, counts in (
-        ("multitask", 1, [75, 75]),
-        ("continual", 1, [75, 75]),
-        ("continual", 3, [75, 75]),
+    played, make_envs = [], module.make_envs
+
+    class Watched(gym.Wrapper):
+        def __init__(self, env, task):
+            super().__init__(env)
+            self.task = task
+
+        def step(self, action):
+            played.append(self.task)
+            return self.env.step(action)
+
+    monkeypatch.setattr(module, "make_envs", lambda tasks: [Watched(e, t) for t, e in enumerate(make_envs(tasks))])
+    monkeypatch.setattr(module, "evaluate", lambda *_: [])
+    for protocol, cycles, steps, expected in (
+        ("multitask", 1, 150, [0, 1] * 75),
+        ("continual", 1, 150, [0] * 75 + [1] * 75),
+        ("continual", 3, 150, ([0] * 25 + [1] * 25) * 3),
+        ("continual", 1, 151, [0] * 76 + [1] * 75),
     ):
-        run = train(module, tmp_path / f"{protocol}{cycles}", protocol=protocol, cycles=cycles, total_timesteps=150)
+        played.clear()
+        name = tmp_path / f"{protocol}{cycles}-{steps}"
+        run = train(module, name, protocol=protocol, cycles=cycles, total_timesteps=steps)
+        assert played == expected
         saved = torch.load(run / "checkpoint.pt", weights_only=True)
+        counts = [expected.count(task) for task in (0, 1)]
         assert [buffer["count"] for buffer in saved["buffers"]] == counts
-        assert [len(actions) for actions in saved["actions"]] == [15, 15] and saved["episodes"] == [2, 2]
-    half = torch.load(train(module, tmp_path / "x", protocol="continual", total_timesteps=151) / "checkpoint.pt")
-    assert [buffer["count"] for buffer in half["buffers"]] == [76, 75]
+        assert [len(actions) for actions in saved["actions"]] == [count % 30 for count in counts]
+        assert saved["episodes"] == [2, 2]
 
 
 def test_continual_sac_learns_from_the_running_task_only_and_starts_each_at_random(tmp_path, monkeypatch):
@@ -219,8 +283,10 @@ def test_continual_sac_learns_from_the_running_task_only_and_starts_each_at_rand
     learned, draw = [], module.draw_batch
     monkeypatch.setattr(module, "draw_batch", lambda b, tasks, size: learned.append(tasks) or draw(b, tasks, size))
     monkeypatch.setattr(module, "measure", lambda *_: [])
-    train(module, tmp_path / "run", protocol="continual", cycles=2, total_timesteps=200)
+    run = train(module, tmp_path / "run", protocol="continual", cycles=2, total_timesteps=200, checkpoint_every=5)
     assert learned == [[0]] * 31 + [[1]] * 31 + [[0]] * 50 + [[1]] * 50  # 20 random steps, of new tasks only
+    events = EventAccumulator(str(run)).Reload().Scalars("losses/critic")  # not those of the task before
+    assert [e.step for e in events] == [*range(20, 51, 5), *range(70, 201, 5)]
 
 
 def test_ppo_plays_the_tasks_as_scheduled(tmp_path, monkeypatch):
@@ -352,6 +418,7 @@ WRONG = {
     "width of no experts": (dict(actor_moe="baseline", critic_moe="baseline", match_params=True), "--match-params"),
     "negative load balance": (dict(load_balance=-1.0), "--load-balance -1.0"),
     "nothing to resume": (dict(resume="no/such/run"), "--resume no/such/run"),
+    "no such gpu": (dict(device=NO_GPU), "--device cuda"),
 }
 WRONG_SAC = {
     "other observations": (dict(tasks=("Pendulum-v1", "Hopper-v5")), "--tasks Hopper-v5"),
@@ -363,7 +430,11 @@ WRONG_SAC = {
     "a task twice": (dict(tasks=("Pendulum-v1", "Pendulum-v1")), "--tasks Pendulum-v1 Pendulum-v1"),
     "unequal shares": (dict(batch_size=7), "--batch-size 7"),
     "no room": (dict(buffer_size=3), "--buffer-size 3"),
-    "random to the end": (dict(learning_starts=80), "--learning-starts 80"),
+    "random to the end": (dict(learning_starts=81), "--learning-starts 81"),
+    "no update in a phase": (
+        dict(protocol="continual", learning_starts=71, update_every=11),
+        "with --update-every 11 the 80 steps of a phase",
+    ),
 }
 WRONG_PPO = {
     "unknown game": (dict(tasks=("breakout", "pong")), "--tasks pong"),
@@ -373,6 +444,7 @@ WRONG_PPO = {
     "tokens of no middle": (dict(tokens="persamp", actor_moe="big", critic_moe="big"), "--tokens persamp"),
     "width of the experts of cells": (dict(match_params=True), "--tokens persamp"),
     "unequal minibatches": (dict(num_minibatches=7), "--num-minibatches 7"),
+    "minibatches of one": (dict(num_minibatches=64), "at least 2 each; change it, --num-envs or --num-steps"),
 }
 
 

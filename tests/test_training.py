@@ -429,6 +429,7 @@ line, whole = gym.spaces.Box(-1, 1, (1,)), gym.spaces.Box(0, 9, (1,), np.int64)
 gym.register("Picture-v0", lambda: Spaces(gym.spaces.Box(0, 1, (2, 2)), line), max_episode_steps=10)
 gym.register("WholeNumbers-v0", lambda: Spaces(line, whole), max_episode_steps=10)
 
+NO_GPU = "cuda:99" if torch.cuda.is_available() else "cuda"
 WRONG = {  # regular expressions: what the error has to say
     "discrete actions": (dict(env_id="CartPole-v1"), "--env-id CartPole-v1"),
     "image observations": (dict(env_id="Picture-v0"), "--env-id Picture-v0: needs a flat Box observation space"),
@@ -448,7 +449,8 @@ WRONG = {  # regular expressions: what the error has to say
     "gamma above one": (dict(gamma=1.5), "--gamma 1.5"),
     "device without memory": (dict(device="meta"), "--device meta"),
     "environment with a broken file": (dict(env_id="Ant-v5?xml_file=/no/file.xml"), "--env-id Ant-v5"),
-    "no cuda here": (dict(device="cuda:99"), "--device cuda:99"),
+    "no such gpu": (dict(device="cuda:99"), "--device cuda:99"),
+    "no gpu at all": (dict(device=NO_GPU), "--device cuda.*always works"),
     "unknown device": (dict(device="abacus"), "--device abacus"),
     "folder below a file": (dict(run_dir="/dev/null/run"), "--run-dir /dev/null/run"),
     "nothing to resume": (
@@ -551,6 +553,18 @@ def test_run_folder_of_another_run_is_refused(script, finished, capsys):
         train(script, finished)
     assert stop.value.code == 2 and f"--run-dir {finished}" in capsys.readouterr().err
     assert (finished / "run.json").read_bytes() == before
+
+
+def test_two_runs_of_one_second_do_not_share_a_folder(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(script.time, "strftime", lambda _: "20260101-000000")
+    run_dir = script.new_run_dir(script.Args())
+    before = (run_dir / "run.json").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        script.new_run_dir(script.Args(gamma=0.5))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and f"--run-dir {run_dir}: File exists" in error
+    assert (run_dir / "run.json").read_bytes() == before
 
 
 def test_resumed_run_cannot_change(script, finished, monkeypatch, capsys):
