@@ -26,11 +26,12 @@ What differs from ppo.py:
    its own) or big (each expert is a whole network, routed by the picture) are mixtures of n experts. Every expert has
    the width of the layer that it replaces (middle: see 4). --match-params divides it by n, or for all and big by the
    root of n: their largest matrix shrinks at both ends. All experts together then have about the baseline's parameters
-   (within 9% for up to 8 experts, 19% for up to 32: widths are whole numbers).
+   (within 10% for up to 8 experts, 20% for up to 32, as widths are whole numbers; the routers come on top).
 4. middle has PerConv tokens by default: each of the 64 cells is a token of 16 channels. An expert is then 16-128-16
    with ReLU, the tokens keep their size and are flattened to 1,024 inputs of the head, as in the code of 2402.08609.
    The baseline's matrix of 1,024 x 128 is gone: 8 experts have 41,078 parameters per actor, the baseline has 132,854.
-   --tokens persamp: the token is the sample, and the layer is the baseline's with n experts.
+   --tokens persamp: the token is the sample, and the layer is the baseline's with n experts (in their code an expert
+   maps back to the size of its token).
 5. Measured at every evaluation: see measure() and moe.csv.
 Where this differs from the papers: one slot per expert where their code has m / n (--slots 8 is that for n = 8, and the
 run takes three to four times as long). A cell's output is a weighted mean of the same n p vectors for all 64 cells of a
@@ -251,7 +252,9 @@ class Experts(nn.Module):
             x = torch.cat([x, x.new_zeros(1, x.shape[1], -d % 4)], 2)  # F.pad would write it twice
             weight = F.pad(weight, (0, -h % 4, 0, -d % 4))
         y = F.grouped_mm(x[0], weight, offs=route.ends * (x.shape[1] // rows))[:, :h]  # (R c, h)
-        return (y.unflatten(0, (rows, -1)) + self.bias[route.expert]).flatten(0, 1)[None]
+        # a product, because with several threads the gradient of self.bias[route.expert] is another sum each time
+        bias = F.one_hot(route.expert, len(weight)).to(y.dtype) @ self.bias[:, 0]  # (R, h)
+        return (y.unflatten(0, (rows, -1)) + bias[:, None]).flatten(0, 1)[None]
 
 
 class TokenMoE(nn.Module):
@@ -616,7 +619,7 @@ def measure(agent: Agent, args: Args, global_step: int) -> list[dict]:
             moe, trace = getattr(agent, network), {}
             with torch.no_grad():
                 moe(*see(batch.obs), batch.task, trace)
-            layers = {key: x for key, x in sorted(trace.items()) if key.startswith("layer")}
+            layers = {key: x for key, x in trace.items() if key.startswith("layer")}
             for t in ("", *range(len(args.tasks))):
                 mask = batch.task == t if t != "" else torch.ones_like(batch.task, dtype=torch.bool)
                 mine = {key: x[mask.repeat_interleave(len(x) // len(mask))] for key, x in layers.items()}
@@ -1024,7 +1027,7 @@ def main(args: Args) -> Path:
             write_moe(run_dir, moe_rows)
 
     try:
-        games, playing = None, None
+        playing = None
         if checkpoint:
             note_resume(run_dir, args, global_step)
         save()  # from now on the run can be resumed

@@ -22,7 +22,7 @@ What differs from sac.py:
 4. MLP states are one token per sample (PerSamp), for which Soft MoE is the dense gate above. --actor-moe, --critic-moe:
    baseline; middle, final or all layers (each with a router of its own); big: each expert is a whole network. Every
    expert has the width of the layer that it replaces. --match-params makes them narrower, so that all experts together
-   have as many weights as the baseline.
+   have about as many weights as the baseline (widths are whole numbers).
 5. Measured at every evaluation: see measure() and moe.csv.
 Where this differs from the papers: they do not have SAC; 1 to 3, --match-params and the tasks are ours. Every expert
 computes every sample, and one that is not chosen is weighted 0: nothing is dropped, and no time is saved. Obstacle
@@ -72,7 +72,7 @@ Architecture = Literal["baseline", "middle", "final", "all", "big"]
 
 @dataclasses.dataclass
 class Args:
-    tasks: tuple[str, ...] = LAYOUTS  # ids, with arguments after "?", or a name of TASK_SETS, such as target-reaching
+    tasks: tuple[str, ...] = LAYOUTS  # ids, arguments after "?"; or target-reaching(-inverted), halfcheetah-directions
     seed: int = 1  # seed of everything random
     total_timesteps: int | None = None  # of all tasks together (default: 160,000; with --resume those of that run)
     run_dir: str | None = None  # folder of this run (default: runs/<tasks>__<script>__s<seed>__<time>)
@@ -543,7 +543,8 @@ def measure(agent: Agent, buffers: list[ReplayBuffer], args: Args, global_step: 
     entropy        mean over a task's states of the entropy of their weights [nats]: 0 is one expert per state
     cosine         between the gradients of two tasks' losses (columns task and item), with new draws of actions
     parameters     all of them, and those active for one sample: what is left without experts of weight 0
-    Of the two critics all but the last two are averaged; the cosine is of both gradients as one, parameters are a sum.
+    Of the two critics router is the first's, because expert i of the one has nothing to do with expert i of the other;
+    the cosine is of both gradients as one, parameters are a sum, and the rest is averaged.
     """
     rows = []
 
@@ -573,7 +574,7 @@ def measure(agent: Agent, buffers: list[ReplayBuffer], args: Args, global_step: 
             for key, w in trace.items():
                 if key.startswith("router"):
                     for t in seen:
-                        for expert, value in enumerate(w[:, task == t].mean((0, 1)).tolist()):
+                        for expert, value in enumerate(w[0, task == t].mean(0).tolist()):
                             row(network, key, value, t, expert)
                         row(network, key.replace("router", "entropy"), entropy_of(w[:, task == t]), t)
             for item, number in zip(

@@ -94,7 +94,8 @@ def published_ppo(task: str) -> str:
 
 NOTES["TargetReaching-v0-8-tasks"] = """
 Nothing in these layouts is random: all deterministic episodes of one task are one episode, and a seed's success is 0 or
-1 for each task. Layouts 0 to 3 come twice, the second time with inverted actions.
+1 for each task. Layouts 0 to 3 come twice, the second time with inverted actions. In these runs the weights of the
+critic are the means of both critics' routers, which have nothing in common; runs made since then log the first's.
 """
 EXPERTS = "HalfCheetah-v5-experts"
 MUJOCO = ("HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid", "HumanoidStandup")

@@ -72,6 +72,23 @@ def test_soft_moe_equals_a_loop_over_experts_and_slots(ppo_moe, slots):
         assert trace["router2"][b].tolist() == pytest.approx(usage)
 
 
+@pytest.mark.parametrize("architecture, tokens", [("middle", "perconv"), ("middle", "persamp"), ("big", "persamp")])
+@pytest.mark.parametrize("router", ["topk", "hardcoded"])
+def test_a_gradient_repeats_with_two_threads(ppo_moe, router, architecture, tokens):
+    """A sum that threads share without an order is another one each time, and so is every run that has it."""
+    args = ppo_args(ppo_moe, architecture, router=router, num_experts=3, tokens=tokens)
+    agent, threads = ppo_moe.Agent(args), torch.get_num_threads()
+    size = 1008 if tokens == "persamp" else 126  # the default minibatch; an eighth of its cells
+    task, action = torch.arange(size) % 3, torch.randint(0, 6, (size,))
+    batch = ppo_moe.Batch(torch.rand(size, 10, 10, 6) < 0.2, task, action, *torch.randn(3, size))
+    torch.set_num_threads(2)
+    try:
+        first, *others = [ppo_moe.gradient(sum(ppo_moe.losses_of(agent, batch, args)[:2]), agent) for _ in range(8)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(first, other) for other in others)
+
+
 @pytest.mark.parametrize("router, top_k", [("topk", 1), ("topk", 2), ("hardcoded", 1)])
 def test_chosen_experts_of_cells_equal_a_loop_over_cells(ppo_moe, router, top_k):
     """Several tasks in one batch; what the trace shows; the load-balancing loss of all cells."""
@@ -350,6 +367,19 @@ def test_measure_of_sac_on_made_networks(sac_moe):
     assert tuple(counts) == sac_moe.count_parameters(agent.critic.moe, args)
     for network_name in ("actor", "critic"):
         assert -1 <= value_of(rows, network=network_name, metric="cosine", task=0, item=1) <= 1
+
+
+def test_measure_of_sac_has_the_routers_of_one_critic(sac_moe):
+    """Two critics that each use one expert, and not the same: a mean would show two experts in use."""
+    args = sac_args(sac_moe, "middle", tasks=2, router="topk", num_experts=3)
+    agent, buffers = fill(sac_moe, args)
+    agent.critic.moe.weights[0].data.abs_()
+    agent.critic.moe.biases[0].data.fill_(100.0)  # what the router of layer 2 sees is positive
+    phi = agent.critic.moe.routers["1"].phi.data.fill_(-1.0)
+    phi[0, :, 1], phi[1, :, 2] = 1.0, 1.0
+    rows = sac_moe.measure(agent, buffers, args, 0)
+    for task in (0, 1):
+        assert [value_of(rows, network="critic", metric="router2", task=task, item=i) for i in range(3)] == [0, 1, 0]
 
 
 @pytest.mark.parametrize("router, gain", [("softmoe", 1), ("softmoe", 9), ("topk", 9)])
