@@ -645,7 +645,7 @@ def measure(agent: Agent, args: Args, global_step: int) -> list[dict]:
     return rows
 
 
-LIMITS = {"seed": (0, 2**31), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, math.inf)}  # others: positive
+LIMITS = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, math.inf)}  # others: positive
 LIMITS |= {"load_balance": (0, math.inf)}
 WORLD = 1  # process; several are for ppo.py and ppo_pmoe.py
 

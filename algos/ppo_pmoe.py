@@ -538,7 +538,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
 
 
 # === shared: ppo checks ===
-LIMITS = {"seed": (0, 2**31), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, math.inf)}  # others: positive
+LIMITS = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, math.inf)}  # others: positive
 
 
 def check_sizes(args: Args):

@@ -16,7 +16,7 @@ Where this differs from the paper:
 4. The temperature starts at --alpha-init 0.1, not 1 (Stable-Baselines3 offers this as ent_coef="auto_0.1"). At 1 the
    entropy of all steps to come is worth up to 2 log 2 / (1 - gamma) = 139 on the default task, which has two action
    dimensions: more than the 100 for reaching the target.
-5. It begins with 10,000 random steps, as Spinning Up does, not with 1,000: the default task's target is rarely met.
+5. It begins with 10,000 random steps without an update, not 1,000, because the default task's target is rarely met.
 The default task, from the PMOE paper, is made easier: obstacles cost 10, not 100; the bonus for speed is 0.3, not 0.1.
 Letters in the shape comments: B batch, O observation size, A action dimensions, H hidden units.
 """
@@ -321,7 +321,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
 
 
 # === shared: sac checks ===
-LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
+LIMITS = {"seed": (0, 2**31 - 1), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: > 0
 WORLD = 1  # process; several are for ppo.py and ppo_pmoe.py
 
 

@@ -593,7 +593,7 @@ def measure(agent: Agent, buffers: list[ReplayBuffer], args: Args, global_step: 
 
 
 # === shared: sac checks ===
-LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
+LIMITS = {"seed": (0, 2**31 - 1), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: > 0
 WORLD = 1  # process; several are for ppo.py and ppo_pmoe.py
 
 

@@ -5,7 +5,7 @@ Paper   Ren, Li, Ding, Pan and Dong 2021, "Probabilistic Mixture-of-Experts for 
 Policy  pi(a|s) = sum_k w_k(s) N_k(a|s), N_k: a = tanh(u), u ~ N(mu_k(s), sigma_k(s)^2), k ~ Categorical(w(s)).
 
 Run       python algos/sac_pmoe.py                                 # target-reaching
-          python algos/sac_pmoe.py --env-id HalfCheetah-v5 --num-experts 2 --learning-starts 5000 --alpha-init 1
+          python algos/sac_pmoe.py --env-id HalfCheetah-v5 --num-experts 2 --total-timesteps 1000000 --alpha-init 1
 Resume    python algos/sac_pmoe.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash: the same bits
 Evaluate  python algos/sac_pmoe.py --evaluate runs/NAME --video    # deterministic and stochastic return, a GIF
 
@@ -21,10 +21,11 @@ Where this differs from the paper or the authors' code:
    later scripts feed the raw state. Its loss is the mean over K; an earlier commit of the release sums.
 3. Deterministic evaluation acts by tanh(mu_k) of the expert with the largest weight (ours); the release draws k ~ w.
 4. --selection (ours): what is compared to choose the best expert. `draws`, the paper's form, compares the drawn actions
-   that are then learned from. That raises E[max_k Q(s, a_k)], which grows with every sigma_k, although the agent acts
-   by one draw and not by the best of K: the experts stay wide while the temperature sinks. `fresh` compares other
-   draws, `means` compares tanh(mu_k): then the best expert of a state is certain, and the gate classifies states. On
-   the default task `means` arrived with 5 of 5 seeds, `draws` with 3 of 5, `fresh` with 1 of 3.
+   that are then learned from. That raises E[max_k Q(s, a_k)], whose lead over one draw grows with every sigma_k,
+   although the agent acts by one draw, not by the best of K: the experts stay wide while the temperature sinks. `fresh`
+   compares other draws, `means` compares tanh(mu_k): then the best expert of a state is certain, and the gate
+   classifies states. On the default task `means` arrived with 5 of 5 seeds, `draws` with 3 of 5, `fresh` with 1 of 3,
+   too few to decide.
 5. As in sac.py, the temperature starts at 0.1, not 1, and the first 10,000 steps are random. The default task is not
    the authors': obstacles cost 10, not 100, and the bonus for speed is 0.3, not 0.1 (ours).
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
@@ -373,7 +374,7 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
 
 
 # === shared: sac checks ===
-LIMITS = {"seed": (0, 2**31), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
+LIMITS = {"seed": (0, 2**31 - 1), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: > 0
 WORLD = 1  # process; several are for ppo.py and ppo_pmoe.py
 
 
