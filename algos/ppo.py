@@ -39,6 +39,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -722,7 +723,8 @@ def main(args: Args) -> Path | None:
         args = dataclasses.replace(args, total_timesteps=200_000)
     check_sizes(args)
     if WORLD > 1:
-        torch.distributed.init_process_group("nccl" if args.device.startswith("cuda") else "gloo")
+        backend = "nccl" if args.device.startswith("cuda") else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for an evaluation
     configure(args)
     eval_env = make_env(args.env_id)
     if args.checkpoint_every is None:  # ten whole episodes of each environment at least lie between two
@@ -860,25 +862,26 @@ def main(args: Args) -> Path | None:
             reason = "a process of --async-envs has ended;"
             if signals:  # torchrun sends them to these processes as well
                 reason, code = f"{signal.Signals(signals[0]).name};", 128 + signals[0]
-        stop(f"{reason} --resume {name_of_run} goes on from step {saved_step}", code)
+        stop(f"{reason} --resume {name_of_run} goes on from its last checkpoint", code)
     except RuntimeError as error:
         if WORLD == 1:
             raise
         reason = f"this or another process has failed ({str(error).splitlines()[0]})"
-        stop(f"{reason}; --resume {name_of_run} goes on from step {saved_step}", 1)
+        stop(f"{reason}; --resume {name_of_run} goes on from its last checkpoint", 1)
     finally:
         with contextlib.suppress(EOFError, OSError):  # one of its processes has ended
             envs.close()
-        if WORLD > 1:
-            torch.distributed.destroy_process_group()
         progress.close()
         if writer:
             with contextlib.suppress(OSError):  # the disk is full, as was said
                 writer.close()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    if RANK == 0:
-        print(f"{SCRIPT}.py: finished at step {global_step}; run folder {run_dir}")
+    if WORLD > 1:  # not where a process has failed: it may wait for the others, who wait for that one
+        torch.distributed.destroy_process_group()
+    if RANK > 0:
+        return None
+    print(f"{SCRIPT}.py: finished at step {global_step}; run folder {run_dir}")
     return run_dir
 
 
