@@ -844,6 +844,7 @@ def table_of_tasks(labels: dict[str, list[Run]], column: int) -> list[str]:
     continual = args["protocol"] == "continual"  # the mean is then that of what each task had reached in its phase
     heads = ["label", "seeds", *map(short, args["tasks"]), "mean" if column == 2 else "relative mean"]
     heads[-1] += " at the end of phases" * continual
+    heads += ["area"] * (column == 2)
     heads += ["dormant", "rank", "features", "cosine", "parameters, millions", "active", "steps/s", "commit"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     digits, statistic = (2, mean) if column == 2 else (1, iqm)
@@ -852,6 +853,9 @@ def table_of_tasks(labels: dict[str, list[Run]], column: int) -> list[str]:
     for label, group in labels.items():
         cells = [label, len(group), *(with_interval(end, digits, statistic) for end in ends_of(group, column).T)]
         cells += [with_interval(means[label], 2, statistic)]
+        if column == 2:
+            tasks = [[run.evals[f"deterministic{i}"][:, 2] for i in range(len(args["tasks"]))] for run in group]
+            cells += [with_interval(np.mean(tasks, axis=(1, 2)), 2, statistic)]
         metrics = (("dormant_0.025", "total", 2), ("rank", "", 0), ("width", "", 0), ("cosine", "", 2))
         for metric, item, places in metrics:
             last = [[measured(run, n, metric, item)[1] for run in group] for n in ("actor", "critic")]
@@ -905,7 +909,9 @@ def section_of_tasks(env: str, every: dict[str, list[Run]], figures: Path) -> li
         lines += [*table_of_tasks(labels, 1 + success), ""]
         if protocol == "continual":
             lines += [*table_of_phases(labels, 1 + success), ""]
-        if not success:
+        if success:
+            lines.append("Area: mean over all evaluations and tasks.")
+        else:
             lines.append("Relative mean: of each task's return divided by that of the label that is best in it (IQM).")
         lines += [
             "Dormant (tau 0.025, all hidden layers), rank, number of features, cosine (mean over pairs of tasks):",
