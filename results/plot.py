@@ -714,21 +714,26 @@ def mark_switches(axis, args: dict):
 
 
 def plot_tasks(labels: dict[str, list[Run]], path: Path) -> bool:
-    """Each task's return, or success if it has one (the answer), over the steps of all tasks; switches are dashed."""
+    """Each task's return over the steps of all tasks; switches are dashed.
+
+    If tasks have a success (the answer), that instead, and its mean over the tasks in a last panel.
+    """
     args = next(iter(labels.values()))[0].info["args"]
     tasks = args["tasks"]
     success = all(np.isfinite(run.evals["deterministic0"][:, 2]).all() for group in labels.values() for run in group)
-    columns = min(len(tasks), 4)
-    figure, axes = panels(math.ceil(len(tasks) / columns), columns, 2.4)
-    for i, (task, axis) in enumerate(zip(tasks, axes.flat, strict=False)):
+    titles = [*map(short, tasks), *["all tasks"] * success]
+    columns = 3 if len(titles) % 3 == 0 else min(len(titles), 4)
+    figure, axes = panels(math.ceil(len(titles) / columns), columns, 2.4)
+    for i, (title, axis) in enumerate(zip(titles, axes.flat, strict=False)):
+        shown = [i] if i < len(tasks) else range(len(tasks))
         for label, look in style(labels).items():
-            evals = np.stack([run.evals[f"deterministic{i}"] for run in labels[label]])
+            evals = np.mean([[run.evals[f"deterministic{t}"] for t in shown] for run in labels[label]], axis=1)
             band(axis, evals[0, :, 0], evals[..., 1 + success], label, look, mean if success else iqm)
         mark_switches(axis, args)
-        axis.set_title(short(task), fontsize=9)
+        axis.set_title(title, fontsize=9)
         axis.axhline(0, color="k", linewidth=0.5)
         axis.set_ylim(*((-0.04, 1.04) if success else (None, max(1, axis.get_ylim()[1]))))
-    for axis in axes.flat[len(tasks) :]:
+    for axis in axes.flat[len(titles) :]:
         axis.axis("off")
     axes[0, 0].set_ylabel("success" if success else "return")
     figure.legend(
@@ -891,7 +896,8 @@ def section_of_tasks(env: str, every: dict[str, list[Run]], figures: Path) -> li
             success = plot_tasks(some, figures / f"{name}{suffix}.png")
             plot_networks(some, figures / f"{name}{suffix}-networks.png")
             what = "mean of the success" if success else "interquartile mean of the return"
-            text = f"Each task: deterministic policy, {what} over the seeds, 95% bootstrap intervals."
+            text = "Each task, and the mean of all: " if success else "Each task: "
+            text += f"deterministic policy, {what} over the seeds, 95% bootstrap intervals."
             switches = " Dashed: the next task begins." * (protocol == "continual")
             captions[f"{name}{suffix}"] = f"{text}{switches} {seeds_of(some)} {commit}"
             text = "Share of dormant neurons (tau 0.025, all hidden layers, on the states of all tasks; a neuron is 0 "
