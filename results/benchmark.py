@@ -12,12 +12,15 @@ import argparse
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RUNS = Path("results/runs")  # relative, and every command runs in the repository: run.json then names no home folder
@@ -127,6 +130,49 @@ SUITES = {
     ),
 } | moe_suites()
 
+# SAC on MuJoCo for 300,000 steps; sac_pmoe in the paper's form, with its number of experts (Fig. 1).
+SAC_300K = "--total-timesteps 300000 --eval-every 10000 --learning-starts 5000 --alpha-init 1 --num-threads 1"
+SAC_K = {"Hopper": 4, "HalfCheetah": 2, "Walker2d": 4, "Ant": 4, "Humanoid": 10, "HumanoidStandup": 10}
+DRAWS = "sac_pmoe --selection draws"
+REACHING_SAC = {
+    "sac": "sac",
+    "sac_pmoe": DRAWS,
+    "sac_pmoe-means": "sac_pmoe --selection means",
+    "sac_pmoe-all": f"{DRAWS} --primitive-update all",
+}
+
+
+def reaching(folder: str, task: str, flags: str, seeds: range, labels: tuple[str, ...] = tuple(REACHING_SAC)) -> Suite:
+    """SAC on a target-reaching task."""
+    runs = {label: REACHING_SAC[label] for label in labels}
+    flags = f"--env-id moe_envs:TargetReaching-v0?{task} {flags} --eval-every 2500 --num-threads 1"
+    return Suite(f"TargetReaching-v0-{folder}", flags, seeds, runs)
+
+
+UNTOUCHED = "--learning-starts 1000 --alpha-init 1 --total-timesteps"  # settings of the authors' release
+EASED = "layout={}&obstacle_penalty=-10"  # with the authors' own bonus for speed, 0.1
+PATIENT = "--learning-starts 40000 --total-timesteps 60000"
+SUITES |= {
+    "sac-mujoco": [
+        Suite(
+            f"{task}-v5-300k",
+            f"--env-id {task}-v5 {SAC_300K}",
+            range(1, 4),
+            {"sac": "sac", "sac_pmoe": f"{DRAWS} --num-experts {k}"},
+        )
+        for task, k in SAC_K.items()
+    ],
+    "reaching-untouched": reaching("untouched", "layout=random", f"{UNTOUCHED} 40000", range(1, 7)),
+    "reaching-penalty10": [
+        reaching("penalty10", EASED.format("fixed"), PATIENT, range(1, 7)),
+        reaching("penalty10", EASED.format("fixed"), PATIENT, range(7, 11), ("sac_pmoe", "sac_pmoe-means")),
+    ],
+    "reaching-mirror": reaching("mirror", EASED.format("mirror"), PATIENT, range(1, 7)),
+    "reaching-exploration": reaching(
+        "exploration", "layout=random", f"{UNTOUCHED} 10000", range(1, 11), ("sac", "sac_pmoe")
+    ),
+}
+
 # PPO on one thread. The folders end in -ppo: other step counts than SAC's, so other figures.
 PPO_MUJOCO = "--total-timesteps 1000000 --eval-every 50000 --eval-episodes 5"
 PAPER_K = {  # the paper's Fig. 2
@@ -223,9 +269,25 @@ def start(run_dir: Path, decision: str, command: list[str]) -> subprocess.Popen 
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
 
 
+def keep_policy(run_dir: Path):
+    """Copies policy.pt to results/policies: seed 1, on Hopper every seed; sac_pmoe's first with the critics."""
+    (environment, label, seed), folder = run_dir.parts[-3:], REPOSITORY / run_dir
+    source = folder / "policy.pt"
+    if not source.exists() or seed != "s1" and not environment.startswith("Hopper"):
+        return
+    target = REPOSITORY / "results" / "policies" / environment / label / f"{seed}.pt"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, target)
+    if (label, seed) == ("sac_pmoe", "s1"):  # for the comparison of gradients
+        saved = torch.load(folder / "model.pt", weights_only=True)
+        saved["agent"] = {k: v for k, v in saved["agent"].items() if k.startswith(("actor.", "critic.", "log_alpha"))}
+        torch.save(saved, target)
+
+
 def extras(run_dir: Path) -> bool:
     """Writes what results/plot.py draws beside eval.csv, as far as it is missing; whether that worked."""
     folder, names = REPOSITORY / run_dir, []
+    keep_policy(run_dir)
     if any(folder.glob("events.out.tfevents.*")):
         names.append("scalars")
     if run_dir.parts[-3].startswith(TARGET_REACHING) and (folder / "checkpoint.pt").exists():
@@ -239,17 +301,18 @@ def extras(run_dir: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("suite", choices=SUITES)
+    parser.add_argument("suite", choices=SUITES, nargs="+", help="in this order")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--only", nargs="+", default=[""], help="only runs with one of these words in the folder")
     parser.add_argument("--dry-run", action="store_true", help="print the decisions and commands, start nothing")
     options = parser.parse_args()
     if options.jobs < 1:
         parser.error("--jobs: must be at least 1")
-    suites = SUITES[options.suite]
-    jobs = [job for suite in (suites if isinstance(suites, list) else [suites]) for job in plan(suite)]
-    jobs = [job for job in jobs if any(word in str(job[0]) for word in options.only)]
-    jobs.sort(key=lambda job: int(job[0].name[1:]))  # seed by seed
+    jobs = []
+    for suites in (SUITES[name] for name in options.suite):
+        found = [job for suite in (suites if isinstance(suites, list) else [suites]) for job in plan(suite)]
+        found = [job for job in found if any(word in str(job[0]) for word in options.only)]
+        jobs += sorted(found, key=lambda job: int(job[0].name[1:]))  # seed by seed
     if options.dry_run:
         for _, decision, command in jobs:
             print(f"{decision:6}", *command[1:])
@@ -293,7 +356,7 @@ def main() -> int:
         for process in running:
             process.wait()
         return 130
-    log(f"{options.suite}: {len(jobs) - len(failed)} of {len(jobs)} runs are finished", *failed)
+    log(f"{' '.join(options.suite)}: {len(jobs) - len(failed)} of {len(jobs)} runs are finished", *failed)
     return 1 if failed else 0
 
 
