@@ -12,17 +12,14 @@
 # ///
 """SAC-PMOE: soft actor-critic whose policy is a mixture of K Gaussians, trained by back-propagation-max.
 
-Paper   Ren, Li, Ding, Pan and Dong 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning",
-        arXiv 2104.09122. What it calls a primitive is an expert here.
+Paper   Ren, Li, Ding, Pan, Dong 2021, "Probabilistic Mixture-of-Experts for Efficient Deep RL", arXiv 2104.09122.
 Policy  pi(a|s) = sum_k w_k(s) N_k(a|s), N_k: a = tanh(u), u ~ N(mu_k(s), sigma_k(s)^2), k ~ Categorical(w(s)).
-
 Run       python algos/sac_pmoe.py                                 # target-reaching
           python algos/sac_pmoe.py --env-id HalfCheetah-v5 --num-experts 2 --total-timesteps 1000000 --alpha-init 1
-Resume    python algos/sac_pmoe.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash: the same bits
-Evaluate  python algos/sac_pmoe.py --evaluate runs/NAME --video    # deterministic and stochastic return, a GIF
+Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
 What differs from sac.py:
-1. Actor: K means, K standard deviations and a gate w = softmax on one trunk. To act, draw k ~ w, then a ~ N_k.
+1. Actor: K experts (the paper: primitives), each a mean and a standard deviation, and a gate w = softmax, on one trunk.
 2. Critic's target: the action and the log-probability of the drawn expert k', not of the mixture.
 3. Actor's loss (back-propagation-max): the critic compares one action of each expert, and only the best expert learns.
 4. Gate's loss (frequency approximate gradient): w is pulled to the one-hot of the best expert, hence to the frequency
@@ -31,9 +28,9 @@ Where this differs from the paper or the authors' code:
 1. Only the best action goes through the critics with gradients; the K-fold pass that finds it has none. Same gradient.
 2. The gate sees detached features, as in the authors' release. Its loss is the mean over K.
 3. Deterministic evaluation acts by tanh(mu_k) of the expert with the largest weight (ours); the release draws k ~ w.
-4. --selection (ours): what is compared to choose the best expert. `draws`, the paper's form, learns from the very draws
-   that were compared, which rewards wide experts although the agent acts by one draw, not by the best of K. `fresh`
-   compares other draws, `means` compares tanh(mu_k): then the best expert of a state is certain.
+4. --selection (ours): how the best expert is chosen. `draws`, the paper's form, learns from the very draws that it
+   compares, which rewards wide experts although the agent acts by one draw, not by the best of K. `fresh` compares
+   other draws, `means` compares tanh(mu_k).
 5. The temperature starts at 0.1 and the first 10,000 steps are random, as in sac.py; the default task is made easier.
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """
@@ -41,15 +38,19 @@ Letters in the shape comments: B batch, K experts, O observation size, A action 
 import ast
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import platform
+import random
 import shlex
 import signal
 import subprocess
 import sys
 import time
+import traceback
+import zipfile
 from collections import namedtuple
 from copy import deepcopy
 from pathlib import Path
@@ -77,7 +78,7 @@ class Args:
     eval_episodes: int = 10  # episodes per evaluation
     checkpoint_every: int = 10_000  # steps between checkpoints
     device: str = "cpu"  # cpu, cuda or cuda:N
-    num_threads: int = 2  # CPU threads of PyTorch; 1 where another run needs the other core
+    num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 2)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
     # SAC
     learning_starts: int = 10_000  # uniformly random steps before the first update
@@ -106,11 +107,6 @@ def tanh_gaussian(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tens
     return u.tanh(), (log_normal - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
 
 
-def draw(w: torch.Tensor) -> torch.Tensor:
-    """w (B, K) -> k ~ Categorical(w) (B,), as torch.multinomial draws it, without its checks, which wait for a GPU."""
-    return (w / torch.empty_like(w).exponential_()).argmax(1)
-
-
 def pick(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     """x (B, K, A), k (B,) -> x[b, k_b] (B, A)."""
     return x.gather(1, k.view(-1, 1, 1).expand(-1, 1, x.shape[2])).squeeze(1)
@@ -135,21 +131,20 @@ class Actor(nn.Module):
         w = self.gate(h.detach()).softmax(-1)  # the gate's loss does not shape the trunk
         return mean, log_std.clamp(-20, 2), w  # the bounds of Haarnoja et al.'s code
 
+    def choose(self, obs: torch.Tensor, likeliest: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """obs (B, O) -> mean (B, A), log_std (B, A) of an expert k ~ w(s), or of the one with the largest weight."""
+        mean, log_std, w = self(obs)
+        # (B,); w / Exp(1) is how torch.multinomial draws, here without its checks
+        k = (w if likeliest else w / torch.empty_like(w).exponential_()).argmax(1)
+        return pick(mean, k), pick(log_std, k)
+
     def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (B, O) -> action (B, A) of an expert k ~ w(s), its log-probability under that expert (B,)."""
-        mean, log_std, w = self(obs)
-        k = draw(w)
-        return tanh_gaussian(pick(mean, k), pick(log_std, k))
+        return tanh_gaussian(*self.choose(obs))
 
     def act(self, obs: torch.Tensor, policy: str) -> torch.Tensor:
-        """obs (B, O) -> action (B, A): a sample (stochastic), or the mean of one expert.
-
-        That is an expert k ~ w (gate) or the one with the largest weight (deterministic).
-        """
-        if policy == "stochastic":
-            return self.sample(obs)[0]
-        mean, _, w = self(obs)
-        return pick(mean, draw(w) if policy == "gate" else w.argmax(1)).tanh()
+        """obs (B, O) -> action (B, A): a sample, or the mean of an expert k ~ w (gate) or of the likeliest."""
+        return self.sample(obs)[0] if policy == "stochastic" else self.choose(obs, policy != "gate")[0].tanh()
 
 
 class Critic(nn.Module):
@@ -307,8 +302,7 @@ class ReplayBuffer:
 
     def __init__(self, size: int, obs_dim: int, action_dim: int, device: str):
         self.count, self.obs_dim = 0, obs_dim
-        with exit_on_error(f"--buffer-size {size}", "give less"):
-            self.rows = torch.zeros(size, 2 * obs_dim + action_dim + 2, device=device)
+        self.rows = torch.zeros(size, 2 * obs_dim + action_dim + 2, device=device)
 
     def add(self, obs, action, reward: float, terminated: bool, next_obs):
         """Stores one transition in place of the oldest."""
@@ -341,22 +335,27 @@ class Env(gym.Wrapper):
         remedy = "see gymnasium.pprint_registry(), write id?name=value&name=value; moe_envs comes by pip install -e ."
         with exit_on_error(f"--env-id {args.env_id}", remedy):
             for key, _, value in (pair.partition("=") for pair in query.split("&") if pair):
-                kwargs[key] = value
-                with contextlib.suppress(ValueError, SyntaxError):  # a plain word stays a string
+                kwargs[key] = WORDS.get(value.lower(), value)
+                with contextlib.suppress(ValueError, SyntaxError):  # another word stays a string
                     kwargs[key] = ast.literal_eval(value)
-            env = gym.make(name, **kwargs)
-            for role, space in (("an observation", env.observation_space), ("an action", env.action_space)):
-                if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-                    raise ValueError(f"needs {role} space that is a flat Box, such as Pendulum-v1's, not {space}")
+            env = layer = gym.make(name, **kwargs)
+            while isinstance(layer, gym.Wrapper):
+                if type(layer).__name__ in ("NormalizeObservation", "NormalizeReward"):
+                    raise ValueError(f"{type(layer).__name__} changes from episode to episode; register it without")
+                layer = layer.env
             if (env.spec.max_episode_steps or 0) <= 0:
                 raise ValueError(f"has no time limit, an evaluation may never end; give {name}?max_episode_steps=1000")
-            if env.action_space.dtype.kind != "f":
-                raise ValueError(f"needs real-valued actions, this one has {env.action_space}")
-            if not np.isfinite([env.action_space.low, env.action_space.high]).all():
-                raise ValueError(f"needs finite action bounds to scale them to [-1, 1], these are {env.action_space}")
-            one, env = env.action_space.dtype.type(1), gym.wrappers.RecordEpisodeStatistics(env)
+            for space in (env.observation_space, env.action_space):
+                if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                    raise ValueError(f"needs flat Box spaces, such as Pendulum-v1's, not {space}")
+            widths = [float(high) - float(low) for low, high in zip(space.low, space.high, strict=True)]
+            if space.dtype.kind != "f" or not all(0 < width < np.finfo(space.dtype).max for width in widths):
+                raise ValueError(f"needs real-valued actions with finite bounds, low < high, not {space}")
+            one = space.dtype.type(1)
+            env = gym.wrappers.TransformAction(env, lambda a: a.clip(space.low, space.high), space)  # rounding
             super().__init__(gym.wrappers.RescaleAction(env, -one, one))
             OPEN.callback(self.close)
+            check_memory(args, self.observation_space.shape[0], self.action_space.shape[0])
             self.reset(0)
             self.step(self.action_space.low)  # an argument of a wrong kind may show only now
             self.reset(0)
@@ -364,76 +363,110 @@ class Env(gym.Wrapper):
     def reset(self, episode: int | None = None):
         """The next episode, or that with this number."""
         self.episode, self.actions = self.episode + 1 if episode is None else episode, []
-        obs, info = self.env.reset(seed=self.half + (self.first_seed + self.episode) % 2**30)
-        self.obs = np.array(obs, np.float32)
-        return self.obs, info
+        self.rewards, self.success_once = [], math.nan
+        seed = self.half + (self.first_seed + self.episode) % 2**30
+        random.seed(seed)  # some environments draw from the global generators
+        np.random.seed(seed)
+        return self.check(*self.env.reset(seed=seed))
 
     def step(self, action: np.ndarray):
-        self.actions.append(action)
+        if not np.isfinite(action).all():
+            raise FloatingPointError("the policy's action is not finite, the training has diverged")
         obs, reward, terminated, truncated, info = self.env.step(action)
-        self.obs = np.array(obs, np.float32)  # a copy: some environments change theirs in place
-        if not all(np.isfinite(x).all() for x in (action, self.obs, reward)):
-            raise FloatingPointError("an action, observation or reward is not finite, the training has diverged")
-        return self.obs, float(reward), bool(terminated), bool(truncated), info
+        self.actions.append(action)
+        self.rewards.append(np.asarray(reward, float).item())  # of any shape that has one value
+        obs, info = self.check(obs, info)
+        if terminated or truncated:
+            info["episode"] = {"r": math.fsum(self.rewards), "l": len(self.rewards)}
+        return obs, self.rewards[-1], bool(terminated), bool(truncated), info
+
+    def check(self, obs, info: dict) -> tuple[np.ndarray, dict]:
+        """A copy of the observation, which some environments change in place; info with success as a number."""
+        self.obs = np.array(obs, np.float32)
+        if not (np.isfinite(self.obs).all() and np.isfinite(self.rewards[-1:]).all()):
+            raise FloatingPointError(f"an observation or reward of {self.spec.id} is not finite")
+        success = math.nan if info.get("success") is None else np.asarray(info["success"], float).item()
+        self.success_once = np.fmax(self.success_once, success)
+        return self.obs, info | {"success": success, "success_once": float(self.success_once)}
 
     def state_dict(self) -> dict:
-        return {"episode": self.episode, "actions": [a.tolist() for a in self.actions], "obs": self.obs.tolist()}
+        actions = [action.tolist() for action in self.actions]
+        return {"episode": self.episode, "actions": actions, "rewards": self.rewards, "obs": self.obs.tolist()}
 
     def load_state_dict(self, state: dict):
         self.reset(state["episode"])
         for action in state["actions"]:
             self.step(np.float32(action))
-        if self.obs.tolist() != state["obs"]:
-            with exit_on_error("--resume", "start anew"):
-                raise ValueError("the environment does not repeat its own episode")
+        if self.state_dict() != state:
+            raise ValueError("the environment does not repeat its own episode, start anew")
 
 
-def evaluate(agent: Agent, env: Env, args: Args, step: int, policy: str, frames: list | None = None) -> dict:
-    """A row of eval.csv: raw returns of `args.eval_episodes` episodes, which have seeds of their own.
+def check_memory(args: Args, obs_dim: int, action_dim: int):
+    """Refuses, before anything is created, what would take more memory than the machine has."""
+    k, memory = getattr(args, "num_experts", 1), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    need = {"buffer_size": 4 * (2 * obs_dim + action_dim + 2) * min(args.buffer_size, args.total_timesteps)}
+    need["num_experts"] = 8192 * k * (action_dim + 256)  # weights, gradients, moments; activations of a usual batch
+    need["batch_size"] = 8192 * args.batch_size * (1 + k)  # hidden units of both critics, forth and back
+    for name, size in need.items():
+        with exit_on_error(f"--{name.replace('_', '-')} {getattr(args, name, None)}", "give less"):
+            if size > memory:
+                raise ValueError(f"would take {size / 1e9:.0f} GB, the machine has {memory / 1e9:.0f} GB")
 
-    The random state is put back afterwards: training is the same with and without an evaluation.
+
+def evaluate(agent: Agent, env: Env, args: Args, step: int, policy: str, watch=lambda: None) -> dict:
+    """A row of eval.csv: raw returns of `args.eval_episodes` episodes with seeds of their own; watch() sees each step.
+
+    It puts the random states back: training is the same with and without an evaluation. A signal cuts it short.
     """
-    results = []
+    results, states = [], (random.getstate(), np.random.get_state())
     with torch.random.fork_rng([args.device] if args.device != "cpu" else []):
         torch.manual_seed(args.seed)
         for episode in range(args.eval_episodes):
             (obs, _), done = env.reset(episode), False
-            while not done:
+            while not (done or SIGNALS):
                 obs, _, terminated, truncated, info = env.step(agent.act(obs, policy))
                 done = terminated or truncated
-                if frames is not None:
-                    frames.append(env.render())
-            results.append((info["episode"]["r"], info["episode"]["l"], info.get("success", math.nan)))
-    mean, length, success = (round(float(x), 4) for x in np.mean(results, axis=0))
-    row = {"global_step": step, "policy": policy, "episodes": args.eval_episodes, "return": mean}
-    return row | {"return_std": round(float(np.std(results, axis=0)[0]), 4), "length": length, "success": success}
+                watch()
+            if SIGNALS:
+                return {}
+            results.append((*info["episode"].values(), info["success"], info["success_once"]))
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    values, std = (f(results, axis=0).round(4).tolist() for f in (np.mean, np.std))
+    row = {"global_step": step, "policy": policy, "episodes": args.eval_episodes, "return": values[0]}
+    return row | {"return_std": std[0]} | dict(zip(("length", "success", "success_once"), values[1:], strict=True))
 
 
 class Run:
     """A training and its folder. A checkpoint is `info`, which run.json has as well, and the state of all parts."""
 
     def __init__(self, args: Args, saved: dict | None, agent: Agent, **parts):
-        self.args, self.agent, self.step, self.eval_rows, self.eval_env = args, agent, 0, [], Env(args, evaluation=True)
+        self.args, self.agent, self.eval_env = args, agent, Env(args, evaluation=True)
+        self.step, self.eval_rows, self.owed = 0, [], False  # owed: an evaluation that a signal cut short
         self.parts = {"agent": agent} | parts | {f"optimizer_{i}": x for i, x in enumerate(agent.optimizers)}
         self.info = describe(args) | {"wall_time": 0.0, "resumed": []}
         self.folder, self.rngs = Path(args.run_dir), [torch.default_generator]
         if args.device != "cpu":
             self.rngs.append(torch.cuda.default_generators[torch.device(args.device).index or 0])
         if saved:
-            self.step = saved["global_step"]  # of the evaluations a run that was made longer keeps what it has as well
-            self.eval_rows = [row for row in saved["eval_rows"] if row["policy"] in self.policies(row["global_step"])]
-            now, self.info = {"global_step": self.step} | self.info, {key: saved[key] for key in self.info}
-            self.info["resumed"].append(now)
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-            for rng, state in zip(self.rngs, saved["rng"], strict=True):
-                rng.set_state(state)
-        with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that can be written"):
+            with exit_on_error(f"--resume {self.folder}", "checkpoint.pt is damaged or of another run"):
+                for name, part in self.parts.items():
+                    part.load_state_dict(saved[name])
+                for rng, state in zip(self.rngs, saved["rng"], strict=True):
+                    rng.set_state(state)
+                self.step, self.owed = saved["global_step"], saved["owed"]
+                now, self.info = {"global_step": self.step} | self.info, {key: saved[key] for key in self.info}
+                self.info["resumed"].append(now)  # of its evaluations a longer run keeps those that it has as well:
+                self.eval_rows = [r for r in saved["eval_rows"] if r["policy"] in self.policies(r["global_step"])]
+        with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that no other process uses"):
+            str(self.folder).encode()
             if not saved and (self.folder / "checkpoint.pt").exists():
                 raise ValueError("holds a run; go on with it by --resume")
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.started = time.perf_counter() - self.info["wall_time"]
+            OPEN.callback(os.close, folder := os.open(self.folder, os.O_RDONLY))
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another process is at work there
         self.first = self.step, time.perf_counter()  # of this process, for steps per second
+        self.started = self.first[1] - self.info["wall_time"]
         self.save()
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
         OPEN.callback(self.writer.close)
@@ -441,51 +474,48 @@ class Run:
 
     def steps(self):
         """The steps that are left. Ctrl-C and SIGTERM end them after a whole one, with a checkpoint."""
-        signals = []
-        if __name__ == "__main__":  # in a notebook Ctrl-C is not ours
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda number, _: signals.append(number))
-        while self.step < self.args.total_timesteps and not signals:
+        if self.owed:
+            self.evaluate()
+            self.save()
+        while self.step < self.args.total_timesteps and not SIGNALS:
             self.step += 1
             yield self.step
             self.bar.update()
         self.bar.close()
-        if signals:
+        if SIGNALS:
             self.save()
-            name = signal.Signals(signals[0]).name
-            text = f"{SCRIPT}.py: step {self.step}: {name}, checkpoint written; continue with --resume {self.folder}"
-            print(text, file=sys.stderr)
-            raise SystemExit(128 + signals[0])
+            name = signal.Signals(SIGNALS[0]).name
+            print(f"{SCRIPT}.py: {name}, step {self.step} is saved; --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + SIGNALS[0])
 
-    def speed(self) -> float:
-        """Environment steps per second of this process."""
-        return (self.step - self.first[0]) / (time.perf_counter() - self.first[1])
-
-    def log(self, metrics: dict):
-        """Writes curves for TensorBoard."""
-        for key, value in metrics.items():
+    def log(self, metrics: dict) -> float:
+        """Writes curves for TensorBoard. Returns the environment steps per second of this process."""
+        speed = (self.step - self.first[0]) / (time.perf_counter() - self.first[1])
+        for key, value in (metrics | {"charts/SPS": speed}).items():
             self.writer.add_scalar(key, value, self.step)
         if "charts/episodic_return" in metrics:
             self.bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}", refresh=False)
-        elif metrics:
-            self.writer.add_scalar("charts/SPS", self.speed(), self.step)
+        return speed
 
     def policies(self, step: int) -> tuple[str, ...]:
         """The policies that are evaluated after this step: at the last three evaluations the stochastic one as well."""
-        left, beyond = divmod(self.args.total_timesteps - step, self.args.eval_every)
-        if step % self.args.eval_every and step < self.args.total_timesteps:
-            return ()
-        return Actor.policies + ("stochastic",) * (left + (beyond > 0) < 3)
+        left, every = self.args.total_timesteps - step, self.args.eval_every
+        return (Actor.policies + ("stochastic",) * (-(-left // every) < 3)) * (left == 0 or step % every == 0)
 
     def evaluate(self):
         """Adds rows to eval.csv."""
         rows = [evaluate(self.agent, self.eval_env, self.args, self.step, p) for p in self.policies(self.step)]
+        self.owed = bool(SIGNALS)
+        if self.owed:
+            return
         for row in rows:
             known = {key: row[key] for key in ("return", "success") if math.isfinite(row[key])}  # few know success
+            if row["success_once"] > row["success"]:  # success counts at the end of an episode, here at any step
+                known["success_once"] = row["success_once"]
             suffix = "" if row["policy"] == "deterministic" else f"_{row['policy']}"
-            self.log({f"eval/{key}{suffix}": value for key, value in known.items()})
-            text = ", ".join(f"{key} {value:.2f}" for key, value in known.items()) + f", {self.speed():.0f} steps/s"
-            self.bar.write(f"step {self.step}/{self.args.total_timesteps}: {row['policy']} {text}")
+            speed = self.log({f"eval/{key}{suffix}": value for key, value in known.items()})
+            text = "".join(f" {key} {value:.2f}," for key, value in known.items())
+            self.bar.write(f"step {self.step}/{self.args.total_timesteps}: {row['policy']}{text} {speed:.0f} steps/s")
         sys.stdout.flush()  # it may be a file
         self.eval_rows += rows
         table = [rows[0], *(row.values() for row in self.eval_rows)]  # no time: equal runs, equal files
@@ -499,7 +529,7 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(x.isfinite().all() for x in state["agent"].values()):
             raise FloatingPointError("a weight is not finite, the training has diverged")
-        state |= {"eval_rows": self.eval_rows, "rng": [rng.get_state() for rng in self.rngs]}
+        state |= {"owed": self.owed, "eval_rows": self.eval_rows, "rng": [rng.get_state() for rng in self.rngs]}
         write(self.folder / "checkpoint.pt", self.info | state)
         write(self.folder / "model.pt", self.info | {"agent": state["agent"]})
         if self.step >= self.args.total_timesteps:
@@ -541,8 +571,11 @@ def write(path: Path, data: bytes | dict):
         raise OSError(f"cannot write {path}: {error}") from error
 
 
-SCRIPT, OPEN = Path(__file__).stem, contextlib.ExitStack()  # what main() closes
+SCRIPT, SIGNALS, OPEN = Path(__file__).stem, [], contextlib.ExitStack()  # Ctrl-C or SIGTERM; what main() closes
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None, "null": None}
+WORDS |= {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # in --env-id; 'on' in quotes is a string
 LIMITS = {"seed": (0, 2**31 - 1), "learning_starts": (0, 1e12), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
+LIMITS["num_threads"] = (1, 4 * (os.cpu_count() or 1))
 OLDER = {}  # flags that older files lack, and the values at which a script does what it did then
 
 
@@ -552,14 +585,17 @@ def exit_on_error(what: str, remedy: str, code: int = 2, errors=Exception):
     try:
         yield
     except errors as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason, frame = str(error).strip().split("\n")[0], traceback.extract_tb(error.__traceback__)[-1]
+        ours = frame.filename == __file__ and isinstance(error, (ValueError, FloatingPointError, OSError))
+        if not ours and not isinstance(error, gym.error.Error):
+            reason = f"{type(error).__name__} {reason} ({frame.filename}:{frame.lineno})"
         tqdm.write(f"{SCRIPT}.py: {what}: {reason}; {remedy}", file=sys.stderr)
         raise SystemExit(code) from None
 
 
 def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
     """Arguments and, where a run is resumed or evaluated, what it saved. Exits where a flag cannot work."""
-    args, saved = tyro.cli(Args, args=argv, description=__doc__), None
+    args, saved, limits = tyro.cli(Args, args=argv, description=__doc__), None, LIMITS
     option, file, free = "resume", "checkpoint.pt", {"resume", "total_timesteps"}
     if args.evaluate is not None:
         option, file, free = "evaluate", "model.pt", {"evaluate", "video", "eval_episodes", "device", "num_threads"}
@@ -567,14 +603,19 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
     if given is not None:
         path = Path(given) if option == "evaluate" and Path(given).is_file() else Path(given) / file
         with exit_on_error(f"--{option} {given}", f"give the folder of a run of this script; it has {file}"):
+            if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                raise ValueError("the file is damaged")
             saved = torch.load(path, map_location="cpu", weights_only=True)
             if saved["script"] != SCRIPT:
                 raise ValueError(f"was made by {saved['script']}.py, use that script")
             saved["args"] = {k: v for k, v in OLDER.items() if k in vars(args)} | saved["args"]
             if saved["args"].keys() != vars(args).keys():
                 raise ValueError(f"the script was another then, at commit {saved['commit']}")
-        args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))  # flags that are not given are the run's
-    limits = LIMITS | ({"total_timesteps": (saved["global_step"], 1e12)} if saved else {})
+            limits = LIMITS | {"total_timesteps": (int(saved["global_step"]), 1e12)}
+            args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))  # flags that are not given are the run's
+    if args.num_threads is None:
+        threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+        args.num_threads = int(threads) if threads.isdecimal() else 2
     for name, value in vars(args).items():
         with exit_on_error(f"--{name.replace('_', '-')} {value}", "see --help"):
             if saved and name not in free and value != saved["args"][name]:
@@ -586,11 +627,12 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
                 raise ValueError("goes with --evaluate")
     with exit_on_error(f"--device {args.device}", "--device cpu always works"):
         torch.zeros(1, device=args.device).item()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        with exit_on_error("torchrun", "start it with python"):
+    with exit_on_error("torchrun", "start it with python"):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("this script is one process")
     if args.total_timesteps < args.learning_starts and not saved:
         print(f"{SCRIPT}.py: the run ends before its first update, at step {args.learning_starts}", file=sys.stderr)
+    sys.path += [os.getcwd()]  # for --env-id module:Id
     torch.set_num_threads(args.num_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
@@ -601,30 +643,45 @@ def evaluate_run(args: Args, saved: dict):
     """Prints the evaluation of a saved policy as JSON and writes it, and with --video a GIF, beside the policy."""
     env, path = Env(args, evaluation=True), Path(args.evaluate)
     agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
-    state = {key.removeprefix("actor."): x for key, x in saved["agent"].items() if key.startswith("actor.")}
-    agent.actor.load_state_dict(state)
+    with exit_on_error(f"--evaluate {path}", "the file is damaged or of another run"):
+        state = {key.removeprefix("actor."): x for key, x in saved["agent"].items() if key.startswith("actor.")}
+        agent.actor.load_state_dict(state)
     rows = [evaluate(agent, env, args, saved["global_step"], p) for p in (*Actor.policies, "stochastic")]
+    if SIGNALS:
+        raise SystemExit(128 + SIGNALS[0])
     text = json.dumps({row["policy"]: row for row in rows}, indent=1).replace("NaN", "null")
     print(text)
     write(path / "evaluation.json" if path.is_dir() else path.with_suffix(".json"), text.encode())
     if args.video:
+        gif = path / "video.gif" if path.is_dir() else path.with_suffix(".gif")
         with exit_on_error("--video", "without a display, MuJoCo wants MUJOCO_GL=egl"):
             import imageio  # comes with gymnasium[mujoco]
 
             env, frames = Env(args, evaluation=True, render_mode="rgb_array"), []
-            evaluate(agent, env, dataclasses.replace(args, eval_episodes=1), 0, Actor.policies[-1], frames)
-            gif = path / "video.gif" if path.is_dir() else path.with_suffix(".gif")
-            imageio.mimsave(gif, frames, duration=1000 / env.metadata["render_fps"], loop=0)
+            fps = env.metadata.get("render_fps", 30)  # a GIF counts in 10 ms, and browsers show less than 20 ms as 100
+            strides = range(-(-fps // 50), fps // 10 + 2)
+            stride = min(strides, key=lambda s: abs(100 * s / fps - round(100 * s / fps)) / s)
+
+            def watch():
+                if len(env.actions) % stride == 0 and len(frames) < 500:  # everything would take gigabytes
+                    frames.append(env.render()[::2, ::2])
+
+            evaluate(agent, env, dataclasses.replace(args, eval_episodes=1), 0, Actor.policies[-1], watch)
+            imageio.mimsave(gif, frames, duration=10 * round(100 * stride / fps), loop=0)
         print(f"one episode, policy {Actor.policies[-1]}: {gif}")
 
 
 def main(argv: list[str] | None = None) -> Path:
     """Trains, resumes or evaluates as the flags say, those of the command line by default; returns the run's folder."""
+    SIGNALS.clear()
+    if __name__ == "__main__":  # a signal ends the run after its step, a second one at once; in a notebook not ours
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda n, _: (SIGNALS.append(n), signal.signal(n, signal.SIG_DFL)))
     args, saved = parse(argv)
     name = f"{args.env_id.split(':')[-1]}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     default = "runs/" + name.translate(str.maketrans("?&=/", "----"))
     folder = args.evaluate or args.resume or args.run_dir or default
-    with exit_on_error("stopped", f"--resume {folder}", 1, (OSError, FloatingPointError)), OPEN:
+    with exit_on_error("stopped", f"--resume {folder} goes on", 1, (OSError, FloatingPointError)), OPEN:
         if args.evaluate is not None:
             evaluate_run(args, saved)
         else:
@@ -634,4 +691,5 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may have letters that the terminal lacks
     main()

@@ -120,7 +120,9 @@ def test_fast_form_has_the_gradients_of_the_plain_form(pmoe, same_noise, primiti
     loss.backward()
     for name, p in actor.named_parameters():
         torch.testing.assert_close(fast[name], p.grad, rtol=1e-4, atol=1e-6, msg=name)
-    torch.testing.assert_close(metrics["moe/wins"], torch.bincount(best, minlength=4) / 32)
+    torch.testing.assert_close(
+        torch.stack([metrics[f"moe/wins_{k}"] for k in range(4)]), torch.bincount(best, minlength=4) / 32
+    )
     entropy = -log_prob[rows, best].mean().detach()  # of the best expert: what the temperature learns from
     torch.testing.assert_close(metrics["policy/entropy"], entropy)
     torch.testing.assert_close(metrics["losses/alpha"], math.log(args.alpha_init) * (entropy + 2))
@@ -243,13 +245,14 @@ def test_theorem_3_1_the_minimiser_is_the_frequency_of_being_best(gate_problem):
 
 
 def test_diagnostics(pmoe):
-    actor = pmoe.Actor(3, 2, pmoe.Args(num_experts=2))
-    for parameter in (actor.head.weight, actor.gate.weight):
+    args = pmoe.Args(num_experts=2)
+    agent = pmoe.Agent(3, 2, args)
+    for parameter in (agent.actor.head.weight, agent.actor.gate.weight):
         parameter.data.zero_()
-    actor.gate.bias.data[:] = torch.tensor([math.log(3.0), 0.0])
-    actor.head.bias.data[:] = torch.tensor([1.0, 0, -1.0, 0, 0, 0, 0, 0])  # means (1, 0) and (-1, 0), std 1
-    found = {k: v.tolist() for k, v in actor.diagnostics(torch.randn(9, 3)).items()}
-    assert found["moe/usage"] == pytest.approx([0.75, 0.25])
+    agent.actor.gate.bias.data[:] = torch.tensor([math.log(3.0), 0.0])
+    agent.actor.head.bias.data[:] = torch.tensor([1.0, 0, -1.0, 0, 0, 0, 0, 0])  # means (1, 0) and (-1, 0), std 1
+    found = {k: v.item() for k, v in pmoe.update(agent, make_batch(pmoe), args).items()}
+    assert [found["moe/usage_0"], found["moe/usage_1"]] == pytest.approx([0.75, 0.25])
     assert found["moe/gate_entropy"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     assert found["moe/expert_distance"] == pytest.approx(2 * math.tanh(1), rel=1e-5)
     assert found["policy/std"] == pytest.approx(1.0)
