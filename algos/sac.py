@@ -45,6 +45,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import zipfile
@@ -307,7 +308,7 @@ class Env(gym.Wrapper):
                 if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
                     raise ValueError(f"needs flat Box spaces, such as Pendulum-v1's, not {space}")
             widths = [float(high) - float(low) for low, high in zip(space.low, space.high, strict=True)]
-            if space.dtype.kind != "f" or not all(0 < width < np.finfo(space.dtype).max for width in widths):
+            if space.dtype.kind != "f" or not all(0 < x < float(np.finfo(space.dtype).max) for x in widths):
                 raise ValueError(f"needs real-valued actions with finite bounds, low < high, not {space}")
             one = space.dtype.type(1)
             env = gym.wrappers.TransformAction(env, lambda a: a.clip(space.low, space.high), space)  # rounding
@@ -372,10 +373,7 @@ def check_memory(args: Args, obs_dim: int, action_dim: int):
 
 
 def evaluate(agent: Agent, env: Env, args: Args, step: int, policy: str, watch=lambda: None) -> dict:
-    """A row of eval.csv: raw returns of `args.eval_episodes` episodes with seeds of their own; watch() sees each step.
-
-    It puts the random states back: training is the same with and without an evaluation. A signal cuts it short.
-    """
+    """A row of eval.csv: raw returns of episodes with seeds of their own; training's random states stay as they are."""
     results, states = [], (random.getstate(), np.random.get_state())
     with torch.random.fork_rng([args.device] if args.device != "cpu" else []):
         torch.manual_seed(args.seed)
@@ -403,9 +401,8 @@ class Run:
         self.step, self.eval_rows, self.owed = 0, [], False  # owed: an evaluation that a signal cut short
         self.parts = {"agent": agent} | parts | {f"optimizer_{i}": x for i, x in enumerate(agent.optimizers)}
         self.info = describe(args) | {"wall_time": 0.0, "resumed": []}
-        self.folder, self.rngs = Path(args.run_dir), [torch.default_generator]
-        if args.device != "cpu":
-            self.rngs.append(torch.cuda.default_generators[torch.device(args.device).index or 0])
+        gpu = [] if args.device == "cpu" else [torch.cuda.default_generators[torch.device(args.device).index or 0]]
+        self.folder, self.rngs = Path(args.run_dir), [torch.default_generator, *gpu]
         if saved:
             with exit_on_error(f"--resume {self.folder}", "checkpoint.pt is damaged or of another run"):
                 for name, part in self.parts.items():
@@ -426,6 +423,8 @@ class Run:
         self.first = self.step, time.perf_counter()  # of this process, for steps per second
         self.started = self.first[1] - self.info["wall_time"]
         self.save()
+        # what fails in TensorBoard's own thread is raised again by the next add_scalar()
+        threading.excepthook = lambda x: None if issubclass(x.exc_type, OSError) else threading.__excepthook__(x)
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
         OPEN.callback(self.writer.close)
         self.bar = tqdm(initial=self.step, total=args.total_timesteps, disable=None, unit="step")
@@ -526,7 +525,7 @@ def write(path: Path, data: bytes | dict):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from error
+        raise OSError(f"cannot write {path}, is the disk full? {error}") from error
 
 
 SCRIPT, SIGNALS, OPEN = Path(__file__).stem, [], contextlib.ExitStack()  # Ctrl-C or SIGTERM; what main() closes

@@ -74,12 +74,22 @@ def test_experts_are_drawn_with_the_weights_of_the_gate(pmoe):
     torch.testing.assert_close(share, torch.tensor([0.2, 0.3]), rtol=0, atol=0.015)
 
 
-def test_mode_is_the_mean_of_the_likeliest_expert(pmoe):
+def test_policies_that_act_without_noise(pmoe):
+    """deterministic: the mean of the likeliest expert; gate: of one drawn from w, so as often as w says."""
     actor = pmoe.Actor(3, 2, pmoe.Args(num_experts=5))
     obs = torch.randn(50, 3)
     mean, _, w = actor(obs)
     expected = torch.stack([mean[i, w[i].argmax()].tanh() for i in range(50)])
-    assert torch.equal(actor.mode(obs), expected)
+    assert torch.equal(actor.act(obs, "deterministic"), expected)
+
+    actor.gate.weight.data.zero_()
+    actor.gate.bias.data[:] = torch.tensor([0.1, 0.2, 0.3, 0.4, 1e-30]).log()
+    torch.manual_seed(0)
+    action = actor.act(obs[:1].expand(20_000, -1), "gate")
+    which = (action[:, None] - mean[0].tanh()).norm(dim=2).min(1)
+    assert which.values.max() < 1e-6
+    share = torch.bincount(which.indices, minlength=5) / 20_000
+    torch.testing.assert_close(share, torch.tensor([0.1, 0.2, 0.3, 0.4, 0.0]), atol=0.02, rtol=0)
 
 
 def gradients_of_update(pmoe, agent, batch, args, rewind):

@@ -1,0 +1,452 @@
+"""Faults that bug trackers and fault injection have shown: every one ends in a right run or in one clear line."""
+
+import fcntl
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ALGOS
+from test_training import TINY, family, flags, model, same, start, train
+
+
+class Probe(gym.Env):
+    """Pays 1 a step; `answers` replaces what it answers, `actions` and `closed` say what happened to it."""
+
+    seen, closed = [], []
+
+    def __init__(self, low=-2.0, high=1.0, dtype=np.float64, flag=True, **answers):
+        self.observation_space = gym.spaces.Box(-9, 9, (1,))
+        self.action_space = gym.spaces.Box(np.full(1, low, dtype), np.full(1, high, dtype), dtype=dtype)
+        self.flag, self.answers, self.count = flag, answers, 0
+
+    def answer(self):
+        return np.array([self.answers.get("obs", 0.0)], np.float32), dict(self.answers.get("info", {}))
+
+    def reset(self, *, seed=None, options=None):
+        assert 0 <= seed < 2**31, "does not fit an int32"
+        self.count = 0
+        if self.answers.get("late_nan") and self.answers["late_nan"].pop(0):
+            return np.array([math.nan], np.float32), {}
+        return self.answer()
+
+    def step(self, action):
+        self.seen.append(action.copy())
+        self.count += 1
+        obs, info = self.answer()
+        if self.answers.get("draws"):
+            obs[:] = np.random.random() + random.random()
+        success = self.answers.get("successes", {}).get(self.count)
+        info |= {} if success is None else {"success": success}
+        return obs, self.answers.get("reward", 1.0), False, False, info
+
+    def close(self):
+        self.closed.append(1)
+
+
+gym.register("Probe-v0", Probe, max_episode_steps=5)
+
+
+@pytest.fixture
+def probe(monkeypatch):
+    """Sets what Probe-v0 answers."""
+    Probe.seen.clear()
+    Probe.closed.clear()
+    return lambda **answers: [monkeypatch.setitem(gym.registry["Probe-v0"].kwargs, k, v) for k, v in answers.items()]
+
+
+def refused(script, capsys, code=2, **changes) -> str:
+    """The one line with which the script refuses to run, having created nothing."""
+    with pytest.raises(SystemExit) as stop:
+        script.main(flags(**(TINY[family(script)] | changes)))
+    error = capsys.readouterr().err
+    assert stop.value.code == code and error.count("\n") == 1, error
+    return error
+
+
+def rows(run) -> list[dict]:
+    header, *lines = (line.split(",") for line in (run / "eval.csv").read_text().splitlines())
+    return [dict(zip(header, line, strict=True)) for line in lines]
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (-3e38, 3e38), (-math.inf, math.inf)])
+def test_action_bounds_that_cannot_be_scaled_are_refused(script, probe, tmp_path, low, high, capsys):
+    probe(low=low, high=high, dtype=np.float32)
+    assert "needs real-valued actions with finite bounds" in refused(
+        script, capsys, env_id="Probe-v0", run_dir=tmp_path / "run"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("false", False), ("FALSE", False), ("no", False), ("off", False), ("True", True), ("on", True)]
+    + [("none", None), ("null", None), ("inf", math.inf), ("-Inf", -math.inf), ("1e-3", 1e-3), ("'on'", "on")],
+)
+def test_words_in_env_id_mean_what_they_say(sac, word, value):
+    assert sac.Env(sac.Args(env_id=f"Probe-v0?flag={word}")).unwrapped.flag == value
+    assert math.isnan(sac.Env(sac.Args(env_id="Probe-v0?flag=nan")).unwrapped.flag)
+
+
+def test_global_generators_repeat_themselves_and_resume(script, probe, tmp_path):
+    """An environment that draws from np.random and random; the first run is cut in the middle of an episode."""
+    probe(draws=True)
+    whole = train(script, tmp_path / "whole", env_id="Probe-v0", total_timesteps=242)
+    np.random.seed(7)
+    random.seed(7)
+    longer = {} if family(script) == "sac" else {"anneal_lr": False}
+    if longer:
+        whole = train(script, tmp_path / "whole2", env_id="Probe-v0", total_timesteps=242, **longer)
+    train(script, tmp_path / "run", env_id="Probe-v0", total_timesteps=220, eval_every=121, **longer)
+    script.main(flags(resume=tmp_path / "run", total_timesteps=242))
+    assert same(model(whole), model(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("wrapper", [gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward])
+def test_normalisers_that_outlive_an_episode_are_refused(script, wrapper, capsys):
+    gym.register("Normal-v0", lambda: wrapper(gym.make("Pendulum-v1")), max_episode_steps=50)
+    assert f"{wrapper.__name__} changes from episode to episode" in refused(script, capsys, env_id="Normal-v0")
+
+
+class Curriculum(Probe):
+    """Pays more from episode to episode, and observes nothing of it."""
+
+    episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        Curriculum.episodes += 1
+        return super().reset(seed=seed)
+
+    def step(self, action):
+        obs, _, terminated, truncated, info = super().step(action)
+        return obs, float(Curriculum.episodes), terminated, truncated, info
+
+
+gym.register("Curriculum-v0", Curriculum, max_episode_steps=50)
+
+
+def test_replayed_rewards_have_to_be_the_same(sac_script, tmp_path, capsys):
+    train(sac_script, tmp_path / "run", env_id="Curriculum-v0", total_timesteps=160)
+    error = refused(sac_script, capsys, **TINY["sac"] | {"env_id": "Curriculum-v0", "resume": tmp_path / "run"} | SAVED)
+    assert "does not repeat its own episode" in error
+
+
+SAVED = dict(total_timesteps=170)
+
+
+@pytest.mark.parametrize("name", ["checkpoint.pt", "model.pt"])
+def test_flipped_bits_are_found(script, tmp_path, name, capsys):
+    run = train(script, tmp_path / "run")
+    data, rng = (run / name).read_bytes(), random.Random(0)
+    option = {"resume" if name == "checkpoint.pt" else "evaluate": run}
+    for _ in range(12):
+        position = rng.randrange(len(data))
+        flipped = data[:position] + bytes([data[position] ^ (1 << rng.randrange(8))]) + data[position + 1 :]
+        (run / name).write_bytes(flipped)
+        try:
+            script.main(flags(**option))
+        except SystemExit as stop:
+            assert stop.code == 2
+            assert capsys.readouterr().err.count("\n") == 1
+        else:  # a bit that nobody reads, such as a date in the zip's directory: nothing else may have changed
+            assert same(model(run), torch.load(run / "model.pt", weights_only=True)["agent"])
+    (run / name).write_bytes(data)
+
+
+def test_an_evaluation_that_is_not_a_number_fails(script, tmp_path, probe, monkeypatch, capsys):
+    run = train(script, tmp_path / "run", env_id="Probe-v0")
+    monkeypatch.setattr(Probe, "step", lambda self, action: (self.answer()[0], math.nan, False, False, {}))
+    error = refused_evaluation(script, run, capsys)
+    assert "an observation or reward of Probe-v0 is not finite" in error
+
+
+def refused_evaluation(script, path, capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        script.main(flags(evaluate=path, eval_episodes=1))
+    error = capsys.readouterr().err
+    assert stop.value.code in (1, 2) and error.count("\n") == 1, error
+    return error
+
+
+def test_seeds_fit_an_int32_and_those_of_evaluation_are_others(script, tmp_path, monkeypatch):
+    seeds, reset = [], Probe.reset
+
+    def remember(self, seed=None, options=None):
+        seeds.append(seed)
+        return reset(self, seed=seed)
+
+    monkeypatch.setattr(Probe, "reset", remember)
+    train(script, tmp_path / "run", env_id="Probe-v0", seed=2**31 - 1)
+    halves = {seed >= 2**30 for seed in seeds}
+    assert halves == {True, False} and max(seeds) < 2**31 and min(seeds) >= 0
+
+
+def test_a_first_observation_that_is_not_finite_is_the_environments_fault(sac_script, tmp_path, probe, capsys):
+    """Three episodes of the check and of evaluation, and then NaN: it must not reach the replay."""
+    probe(late_nan=[False] * 12 + [True])
+    with pytest.raises(SystemExit) as stop:
+        train(sac_script, tmp_path / "run", env_id="Probe-v0")
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "an observation or reward of Probe-v0 is not finite" in error
+    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert saved["buffer"]["rows"].isfinite().all()
+
+
+def test_actions_stay_within_the_bounds(script, tmp_path, probe):
+    """(-2, 1) in double precision: +1 becomes 1.0000000000000002 in the rescaling."""
+    train(script, tmp_path / "run", env_id="Probe-v0")
+    actions = np.concatenate(Probe.seen)
+    assert -2 <= actions.min() and actions.max() <= 1 and actions.dtype == np.float64
+    env = script.Env(script.Args(env_id="Probe-v0"), evaluation=True)
+    env.step(np.ones(1, np.float32))
+    assert Probe.seen[-1] == 1.0
+
+
+def test_one_value_in_any_shape_is_accepted(script, tmp_path, probe):
+    info = {"episode": {"r": 0.0}, "success": np.array([True])}
+    probe(reward=np.array([2.0]), info=info)
+    run = train(script, tmp_path / "run", env_id="Probe-v0")
+    assert {row["return"] for row in rows(run)} == {"10.0"} and {row["success"] for row in rows(run)} == {"1.0"}
+    probe(info={"success": None})
+    assert {row["success"] for row in rows(train(script, tmp_path / "none", env_id="Probe-v0"))} == {"nan"}
+
+
+def test_several_rewards_are_refused(sac_script, probe, capsys):
+    probe(reward=np.array([1.0, 2.0]))
+    assert "--env-id Probe-v0" in refused(sac_script, capsys, env_id="Probe-v0")
+
+
+def test_success_at_the_end_and_at_any_step(script, tmp_path, probe, capsys):
+    probe(successes={2: True, 3: False, 4: False, 5: False})
+    run = train(script, tmp_path / "run", env_id="Probe-v0")
+    assert {(row["success"], row["success_once"]) for row in rows(run)} == {("0.0", "1.0")}
+    assert "success 0.00, success_once 1.00" in capsys.readouterr().out
+
+
+MODULE = """
+import gymnasium as gym
+class Broken(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+    def reset(self, *, seed=None, options=None):
+        return self.observation_space.sample(), {}
+    def step(self, action):
+        return {}["speed"]
+class Fine(Broken):
+    def step(self, action):
+        return self.observation_space.sample() * 0, 0.0, False, False, {}
+gym.register("Broken-v0", Broken, max_episode_steps=5)
+gym.register("Fine-v0", Fine, max_episode_steps=5)
+"""
+
+
+def test_a_module_in_the_current_folder_is_found_and_its_error_has_a_place(script, tmp_path):
+    (tmp_path / "my_envs.py").write_text(MODULE)
+    settings = TINY[family(script)] | {"env_id": "my_envs:Broken-v0"}
+    process = start(script.SCRIPT, *flags(**settings), cwd=tmp_path)
+    output, _ = process.communicate()
+    assert process.returncode == 2 and output.count("\n") == 1, output
+    assert "KeyError 'speed' (" in output and f"{tmp_path / 'my_envs.py'}:9" in output
+    process = start(script.SCRIPT, *flags(**settings | {"env_id": "my_envs:Fine-v0"}), cwd=tmp_path)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+
+
+@pytest.mark.parametrize("damage", ["drop", "wrong"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "model.pt"])
+def test_files_with_a_key_missing_or_of_another_type(script, tmp_path, name, damage, capsys):
+    run = train(script, tmp_path / "run", total_timesteps=160)
+    option = "resume" if name == "checkpoint.pt" else "evaluate"
+    saved = torch.load(run / name, weights_only=True)
+    needed = saved.keys() - {"dirty", "command", "machine", "versions", "steps_per_second"}
+    if option == "evaluate":
+        needed = {"script", "args", "agent", "global_step"}
+    before = {path.name: path.read_bytes() for path in run.iterdir() if path.name != name}
+    for key in sorted(needed - {"wall_time", "resumed", "owed", "commit"}):
+        broken = {k: v for k, v in saved.items() if k != key} | ({key: 7.5} if damage == "wrong" else {})
+        if (key, damage) == ("global_step", "wrong"):
+            broken[key] = "many"
+        torch.save(broken, run / name)
+        with pytest.raises(SystemExit) as stop:
+            script.main(flags(**{option: run}))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and error.count("\n") == 1, (key, error)
+    assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.name in before}
+
+
+def test_a_lost_or_damaged_run_json_is_written_anew(script, tmp_path):
+    run = train(script, tmp_path / "run", total_timesteps=160)
+    before = json.loads((run / "run.json").read_text())
+    for damage in (lambda path: path.unlink(), lambda path: path.write_text("{half of")):
+        damage(run / "run.json")
+        script.main(flags(resume=run))
+        after = json.loads((run / "run.json").read_text())
+        assert all(after[key] == before[key] for key in ("args", "command", "script"))
+
+
+FULL_DISK = """
+import runpy, sys
+from tensorboard.summary.writer.record_writer import RecordWriter
+def write(self, data):
+    raise OSError(28, "No space left on device")
+RecordWriter.write = write
+sys.argv[0] = sys.argv[1]
+del sys.argv[1]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_full_disk_that_tensorboards_thread_meets_is_one_line(script, tmp_path):
+    """Its queue holds ten values, so the thread's failure shows while the run goes on."""
+    arguments = flags(**TINY[family(script)] | {"eval_every": 22}, run_dir="run")
+    command = [sys.executable, "-c", FULL_DISK, ALGOS / f"{script.SCRIPT}.py", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("value", [1_000_000, 3_000_000_000])
+def test_more_threads_than_the_machine_can_use(script, value, capsys):
+    assert f"--num-threads {value}: must lie between 1 and" in refused(script, capsys, num_threads=value)
+
+
+@pytest.mark.parametrize(("flag", "value"), [("batch_size", 10**9), ("num_experts", 10**6)])
+def test_more_than_memory_is_refused(pmoe, tmp_path, flag, value, capsys):
+    error = refused(pmoe, capsys, run_dir=tmp_path / "run", **{flag: value})
+    assert f"--{flag.replace('_', '-')} {value}: would take" in error and "the machine has" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "\udcff", "file/run"])
+def test_run_folders_that_cannot_be_made(script, tmp_path, name):
+    """A name that is too long, one that is not UTF-8, one below a file."""
+    (tmp_path / "file").touch()
+    process = start(script.SCRIPT, *flags(**TINY[family(script)], run_dir=name), cwd=tmp_path)
+    output, _ = process.communicate()
+    assert process.returncode == 2 and output.count("\n") == 1 and "--run-dir" in output, output
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_omp_num_threads_is_honoured_where_no_number_is_given(script, tmp_path, monkeypatch):
+    settings = {key: value for key, value in TINY[family(script)].items() if key != "num_threads"}
+    try:
+        for i, (variable, threads) in enumerate([("3", 3), ("", {"sac": 2, "ppo": 1}[family(script)])]):
+            monkeypatch.setenv("OMP_NUM_THREADS", variable)
+            run = script.main(flags(**settings | {"total_timesteps": 22, "run_dir": tmp_path / str(i)}))
+            assert json.loads((run / "run.json").read_text())["args"]["num_threads"] == threads
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_environments_are_closed_also_after_an_error(script, tmp_path, probe, monkeypatch):
+    run = train(script, tmp_path / "run", env_id="Probe-v0")
+    made = {"sac": 2, "ppo": 2 + TINY["ppo"]["num_envs"]}[family(script)]
+    assert len(Probe.closed) >= made - (family(script) == "ppo")
+    Probe.closed.clear()
+    script.main(flags(evaluate=run, eval_episodes=1))
+    assert len(Probe.closed) == 1
+    Probe.closed.clear()
+    monkeypatch.setattr(script, "evaluate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(script, tmp_path / "other", env_id="Probe-v0")
+    assert len(Probe.closed) >= made - (family(script) == "ppo")
+
+
+SLOW = """
+import pathlib, time
+import gymnasium as gym
+class Slow(gym.Env):
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+    def reset(self, *, seed=None, options=None):
+        self.count, self.evaluation = 0, seed >= 2**30
+        return self.observation_space.sample() * 0, {}
+    def step(self, action):
+        self.count += 1
+        if self.evaluation and self.count > 2:
+            pathlib.Path("evaluating").touch()
+            time.sleep(PAUSE)
+        return self.observation_space.sample() * 0, float(action[0]), False, False, {}
+gym.register("Slow-v0", Slow, max_episode_steps=50)
+"""
+
+
+def test_a_signal_ends_an_evaluation_which_is_made_again(sac_script, tmp_path):
+    """An evaluation that would take minutes, cut short; resumed with a fast one, the run equals a whole one."""
+    (tmp_path / "slow.py").write_text(SLOW.replace("PAUSE", "5"))
+    settings = TINY["sac"] | {"env_id": "slow:Slow-v0", "total_timesteps": 165, "eval_every": 160}
+    process = start(sac_script.SCRIPT, *flags(**settings, run_dir="run"), cwd=tmp_path)
+    while not (tmp_path / "evaluating").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)  # the evaluation has 48 steps of 5 seconds before it
+    assert process.returncode == 143 and "step 160 is saved" in output, output
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["owed"] is True
+    (tmp_path / "slow.py").write_text(SLOW.replace("PAUSE", "0"))
+    for arguments in (["--resume", "run"], flags(**settings, run_dir="whole")):
+        command = [sys.executable, ALGOS / f"{sac_script.SCRIPT}.py", *map(str, arguments)]
+        subprocess.run(command, cwd=tmp_path, check=True)
+    assert same(model(tmp_path / "run"), model(tmp_path / "whole"))
+    assert (tmp_path / "run" / "eval.csv").read_bytes() == (tmp_path / "whole" / "eval.csv").read_bytes()
+
+
+def test_a_second_process_in_one_folder_is_refused(script, tmp_path, capsys):
+    run = train(script, tmp_path / "run", total_timesteps=160)
+    folder = os.open(run, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX)  # as the other process does
+    before = (run / "run.json").read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        script.main(flags(resume=run))
+    assert stop.value.code == 2 and "--run-dir" in capsys.readouterr().err
+    assert (run / "run.json").read_bytes() == before
+    os.close(folder)  # as its end does, whatever ends it
+    script.main(flags(resume=run))
+
+
+def test_a_folder_that_the_terminal_cannot_write(sac, tmp_path):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, ALGOS / "sac.py", *flags(**TINY["sac"] | {"total_timesteps": 20}, run_dir="Lauf-ä")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and r"run folder Lauf-\xe4" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("fps", [20, 67, 100, 125])
+def test_a_gif_plays_at_the_right_speed_in_browsers(sac, tmp_path, monkeypatch, fps):
+    """Browsers show a delay below 20 ms as 100 ms."""
+    from PIL import Image
+
+    class Film(Probe):
+        metadata = {"render_modes": ["rgb_array"], "render_fps": fps}
+
+        def __init__(self, render_mode=None):
+            super().__init__()
+            self.render_mode = render_mode
+
+        def render(self):
+            rng = np.random.default_rng(self.count)
+            return rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)
+
+    gym.register("Film-v0", Film, max_episode_steps=200)
+    run = train(sac, tmp_path / "run", env_id="Film-v0", total_timesteps=20, eval_episodes=1)
+    sac.main(flags(evaluate=run, video=True))
+    picture = Image.open(run / "video.gif")
+    delays = []
+    for i in range(picture.n_frames):
+        picture.seek(i)
+        delays.append(picture.info["duration"])
+    assert min(delays) >= 20
+    assert sum(delays) == pytest.approx(200 / fps * 1000, rel=0.05)
+
+
+def test_python_without_assertions_refuses_the_same(sac, tmp_path):
+    command = [sys.executable, "-O", ALGOS / "sac.py", "--gamma", "1.5"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2 and "--gamma 1.5: must lie between" in done.stderr and not list(tmp_path.iterdir())
