@@ -12,7 +12,7 @@
 # ///
 """SAC-PMOE: soft actor-critic whose policy is a mixture of K Gaussians, trained by back-propagation-max.
 
-Paper   Ren, Li, Ding, Pan, Dong 2021, "Probabilistic Mixture-of-Experts for Efficient Deep RL", arXiv 2104.09122.
+Paper   Ren et al. 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning", arXiv 2104.09122.
 Policy  pi(a|s) = sum_k w_k(s) N_k(a|s), N_k: a = tanh(u), u ~ N(mu_k(s), sigma_k(s)^2), k ~ Categorical(w(s)).
 Run       python algos/sac_pmoe.py                                 # target-reaching
           python algos/sac_pmoe.py --env-id HalfCheetah-v5 --num-experts 2 --total-timesteps 1000000 --alpha-init 1
@@ -81,7 +81,6 @@ class Args:
     device: str = "cpu"  # cpu, cuda or cuda:N
     num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 2)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
-    # SAC
     learning_starts: int = 10_000  # uniformly random steps before the first update
     buffer_size: int = 1_000_000  # transitions in the replay
     update_every: int = 1  # environment steps per update
@@ -267,8 +266,7 @@ def train(args: Args, saved: dict | None = None):
     run = Run(args, saved, agent=agent, buffer=buffer, env=env)  # all that a checkpoint holds
     obs, metrics = env.obs, {}
     for step in run.steps():
-        # Act: uniformly at random at first
-        if step <= args.learning_starts:
+        if step <= args.learning_starts:  # uniformly at random
             action = torch.rand(action_dim).mul(2).sub(1).numpy()
         else:
             action = agent.act(obs)
@@ -279,7 +277,6 @@ def train(args: Args, saved: dict | None = None):
             run.log({"charts/episodic_return": info["episode"]["r"], "charts/episodic_length": info["episode"]["l"]})
             obs, _ = env.reset()
 
-        # Learn
         if step >= args.learning_starts and step % args.update_every == 0:
             metrics = update(agent, buffer.sample(args.batch_size), args)
 
