@@ -26,11 +26,15 @@ WALL_PENALTY = -10.0
 START = (-4.5, -4.5)
 DEFAULT_MAX_EPISODE_STEPS = 300
 
-FIXED_TARGET = (3.0, 3.0)
-FIXED_OBSTACLES = ((-2.5, -2.5), (-3.0, -0.5), (-0.5, -3.0))
+POINTS = {  # start, target, centres of the obstacles
+    "fixed": np.array([START, (3.0, 3.0), (-2.5, -2.5), (-3.0, -0.5), (-0.5, -3.0)]),
+    "mirror": np.array([(0.0, -1.5), (0.0, 1.5), (0.0, 0.0)]),
+}
+POINTS["task0"] = POINTS["fixed"]
+for _turn in range(3):  # (x, y) -> (-y, x) is exact, unlike a rotation by cos and sin
+    POINTS[f"task{_turn + 1}"] = POINTS[f"task{_turn}"][:, ::-1] * (-1.0, 1.0)
 FIXED_RADIUS = 0.6
-QUARTER_TURNS = {"fixed": 0, "task0": 0, "task1": 1, "task2": 2, "task3": 3}
-LAYOUTS = ("random", *QUARTER_TURNS)
+LAYOUTS = ("random", *POINTS)
 
 # Random layouts need at least one free start and target; with more discs than this most draws would be covered.
 MAX_OBSTACLES = 50
@@ -58,13 +62,16 @@ class _World:
         _require(_is_int(num_envs, 1), "num_envs", num_envs, "an integer >= 1")
         _require(layout in LAYOUTS, "layout", layout, f"one of {', '.join(map(repr, LAYOUTS))}")
         if layout == "random":
-            ok, wanted = _is_int(num_obstacles, 0, MAX_OBSTACLES), f"an integer from 0 to {MAX_OBSTACLES}"
+            default, low, high, wanted = 3, 0, MAX_OBSTACLES, f"an integer from 0 to {MAX_OBSTACLES}"
         else:
-            ok, wanted = num_obstacles == len(FIXED_OBSTACLES), f"3 with layout={layout!r}"
-        _require(ok, "num_obstacles", num_obstacles, wanted)
+            default = low = high = len(POINTS[layout]) - 2  # without start and target
+            wanted = f"{default} with layout={layout!r}"
+        if num_obstacles is None:
+            num_obstacles = default
+        _require(_is_int(num_obstacles, low, high), "num_obstacles", num_obstacles, wanted)
         _require(isinstance(inverted, bool), "inverted", inverted, "True or False")
         if obstacle_penalty is None:
-            obstacle_penalty = -10.0 if layout == "random" else -100.0
+            obstacle_penalty = -10.0 if layout in ("random", "mirror") else -100.0
         # A positive value is most likely a penalty written without its sign: it would reward collisions.
         ok = _is_number(obstacle_penalty) and obstacle_penalty <= 0
         _require(ok, "obstacle_penalty", obstacle_penalty, "a finite number <= 0 (it is added to the reward as it is)")
@@ -103,9 +110,7 @@ class _World:
             self.start[index] = START
             self._draw(index, rngs)
         else:
-            points = np.array([START, FIXED_TARGET, *FIXED_OBSTACLES])
-            for _ in range(QUARTER_TURNS[self.layout]):  # exact, unlike a rotation by cos and sin
-                points = points[:, ::-1] * (-1.0, 1.0)  # (x, y) -> (-y, x)
+            points = POINTS[self.layout]
             self.start[index], self.target[index], self.obstacles[index] = points[0], points[1], points[2:]
             self.radii[index] = FIXED_RADIUS
         self.position[index] = self.start[index]
@@ -225,7 +230,7 @@ class TargetReaching(gym.Env):
     and other shapes raise ValueError.
 
     ## Observation Space
-    `Box(low, high, (8 + 3 n,), float32)` for n obstacles, (17,) by default, bounded by what can be reached:
+    `Box(low, high, (8 + 3 n,), float32)` for n obstacles, (17,) for three, bounded by what can be reached:
 
     | index           | content                                                         |
     |-----------------|-----------------------------------------------------------------|
@@ -244,22 +249,26 @@ class TargetReaching(gym.Env):
     4. otherwise `speed_bonus` * ||v'||.
 
     ## Starting State
-    At rest at (-4.5, -4.5). `layout="random"`: target uniform in [0, 3]^2, obstacle centres clip(2.35 N(0, 1), -5, 5),
-    radius = size / 50 with sizes uniform in 15..29, all new in each episode; a layout in which an obstacle covers the
-    start or the target's centre is drawn again. `layout="fixed"`: target (3, 3), obstacles at (-2.5, -2.5),
-    (-3, -0.5) and (-0.5, -3) with radius 0.6. The middle one blocks the diagonal, so there are four ways round, and a
-    policy with one mode has to choose. `layout="task0"` to `"task3"`: the fixed layout, its start included, turned
-    counter-clockwise by 0, 90, 180 and 270 degrees about the centre.
+    At rest, at (-4.5, -4.5) where nothing else is said.
+    * "random": target uniform in [0, 3]^2, obstacle centres clip(2.35 N(0, 1), -5, 5), radius = size / 50 with sizes
+      uniform in 15..29, all new in each episode. A layout in which an obstacle covers the start or the target's centre
+      is drawn again.
+    * "fixed": target (3, 3), obstacles at (-2.5, -2.5), (-3, -0.5) and (-0.5, -3) with radius 0.6. The middle one
+      blocks the diagonal, so there are four ways round, and a policy with one mode has to choose.
+    * "mirror" (ours): start (0, -1.5), target (0, 1.5), one obstacle of radius 0.6 at (0, 0). The two ways round it
+      are exactly equally good: the mirrored actions (-a_x, a_y) give the mirrored trajectory, with the same rewards.
+    * "task0" to "task3": the fixed layout, its start included, turned counter-clockwise by 0, 90, 180 and 270 degrees
+      about the centre.
 
     ## Episode End
     Terminated by cases 1 to 3 above. The authors have no time limit; `gym.make` truncates after 300 steps
     (its `max_episode_steps` changes that). `info` holds "success" (bool) and "position" (float64 array (2,), a copy).
 
     ## Arguments
-    * `layout`: "random" (default), "fixed", "task0", "task1", "task2" or "task3".
-    * `num_obstacles`: n, 0 to 50 with the random layout (default 3); always 3 with the others.
+    * `layout`: "random" (default), "fixed", "mirror", "task0", "task1", "task2" or "task3".
+    * `num_obstacles`: n, 0 to 50 with the random layout (default 3); the others have 1 (mirror) or 3.
     * `inverted`: True flips the sign of the action, so that two tasks with one picture want opposite actions.
-    * `obstacle_penalty`: reward for touching an obstacle, <= 0; by default -10 if random, -100 in the other layouts.
+    * `obstacle_penalty`: reward for touching an obstacle, <= 0; by default -10 if random or mirror, -100 in the others.
     * `speed_bonus`: reward per unit of speed, default 0.1.
     * `render_mode`: None or "rgb_array": green target, grey obstacles, blue agent with an orange trail.
 
@@ -271,7 +280,7 @@ class TargetReaching(gym.Env):
     def __init__(
         self,
         layout: str = "random",
-        num_obstacles: int = 3,
+        num_obstacles: int | None = None,
         inverted: bool = False,
         obstacle_penalty: float | None = None,
         speed_bonus: float = 0.1,
@@ -321,7 +330,7 @@ class TargetReachingVec(VectorEnv):
         self,
         num_envs: int = 1,
         layout: str = "random",
-        num_obstacles: int = 3,
+        num_obstacles: int | None = None,
         inverted: bool = False,
         obstacle_penalty: float | None = None,
         speed_bonus: float = 0.1,

@@ -75,7 +75,8 @@ def test_observation_size(num_obstacles):
 
 
 def test_observations_stay_in_bounds():
-    for env in (TargetReachingVec(256), TargetReachingVec(256, layout="task2"), TargetReachingVec(256, layout="task1")):
+    for layout in ("random", "task1", "task2", "mirror"):
+        env = TargetReachingVec(256, layout)
         low, high = env.single_observation_space.low, env.single_observation_space.high
         rng = np.random.default_rng(0)
         obs, _ = env.reset(seed=0)
@@ -146,9 +147,17 @@ def test_bad_arguments(form, name, bad):
         form(**{name: bad})
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("layout, right, wrong", [("fixed", 3, (4, 1, 3.0)), ("mirror", 1, (3, 0, 1.0, True))])
+def test_number_of_obstacles_of_a_layout(form, layout, right, wrong):
+    for arguments in ({}, {"num_obstacles": right}):
+        assert form(layout=layout, **arguments)._world.obstacles.shape[1] == right
+    for bad in wrong:
+        with pytest.raises(ValueError, match=f"^num_obstacles must be {right} with layout='{layout}', got {bad!r}$"):
+            form(layout=layout, num_obstacles=bad)
+
+
 def test_bad_arguments_of_one_form():
-    with pytest.raises(ValueError, match="^num_obstacles must be 3 with layout='fixed', got 4"):
-        TargetReaching(layout="fixed", num_obstacles=4)
     for bad in (0, -2, 1.5):
         with pytest.raises(ValueError, match="^max_episode_steps must be"):
             TargetReachingVec(2, max_episode_steps=bad)
@@ -254,11 +263,19 @@ def test_every_reward_branch_in_one_batch():
 
 @pytest.mark.parametrize(
     "arguments, reward",
-    [({}, -10), ({"layout": "fixed"}, -100), ({"layout": "task3"}, -100), ({"obstacle_penalty": -3.5}, -3.5)],
+    [
+        ({}, -10),
+        ({"layout": "fixed"}, -100),
+        ({"layout": "task3"}, -100),
+        ({"layout": "mirror"}, -10),
+        ({"layout": "mirror", "obstacle_penalty": -3.5}, -3.5),
+        ({"obstacle_penalty": -3.5}, -3.5),
+    ],
 )
 def test_obstacle_penalty(arguments, reward):
-    far = [[4, -4], [4, -4], [0, 0]]
-    env = place(TargetReaching(**arguments), (0.5, 0), target=(3, 3), obstacles=far, radii=0.5)  # exactly on its edge
+    env = TargetReaching(**arguments)
+    far = [[4, -4], [4, -4], [0, 0]][-env._world.num_obstacles :]
+    place(env, (0.5, 0), target=(3, 3), obstacles=far, radii=0.5)  # exactly on its edge
     assert env.step(np.zeros(2))[1:3] == (reward, True)
 
 
@@ -330,6 +347,50 @@ def test_turned_layouts(layout, start, target, obstacles):
     np.testing.assert_allclose(obs[14:], 0.6, atol=1e-6)
 
 
+def test_mirror_layout():
+    env = TargetReaching(layout="mirror")
+    obs, info = env.reset(seed=0)
+    np.testing.assert_array_equal(info["position"], [0, -1.5])
+    np.testing.assert_allclose(obs, [0, -0.3, 0, 0, 0, 0, 0, 0.6, 0, 0.3, 0.6], atol=1e-6)
+    steps = [env.step(np.array([0, 1]))[1:3] for _ in range(14)]
+    assert steps[-1] == (-10, True) and not any(terminated for _, terminated in steps[:-1])  # it is straight ahead
+
+
+def round_the_right(obs):
+    """Accelerations (N, 2) round the right of the mirror layout's obstacle, for obs (N, 11)."""
+    position, velocity, to_target = 5 * obs[:, 0:2], obs[:, 2:4], 5 * obs[:, 6:8]
+    goal = np.where(position[:, 1:] < 0.2, [1.0, 0.3] - position, to_target)
+    return np.clip(4 * (np.clip(2 * goal, -1, 1) - velocity), -1, 1)
+
+
+@pytest.mark.parametrize("mode", ["sync", "vector_entry_point"])  # the single form and the vectorised one
+@pytest.mark.parametrize("inverted", [False, True])
+def test_mirrored_actions_give_mirrored_trajectories(mode, inverted):
+    """To the bit: the two ways of the mirror layout are exactly equally good. Worlds 0 to 3 mirror worlds 4 to 7."""
+    kwargs = {"vector_kwargs": {"autoreset_mode": AutoresetMode.SAME_STEP}} if mode == "sync" else {}
+    envs = gym.make_vec(ID, 8, mode, layout="mirror", inverted=inverted, max_episode_steps=150, **kwargs)
+    flip = np.array([-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, 1], dtype=np.float32)  # every x of an observation
+    rng, rewards = np.random.default_rng(0), []
+    obs, _ = envs.reset(seed=0)
+    for _ in range(400):
+        action = round_the_right(obs[:4])  # world 0 arrives,
+        action[1:] = (0, 1), (1, 0), (0, 0)  # 1 hits the obstacle, 2 the wall, 3 does neither until the time is out
+        action = (action + rng.normal(0, 0.1, (4, 2))) * (-1 if inverted else 1)
+        obs, reward, terminated, truncated, info = envs.step(np.concatenate([action, action * (-1, 1)]))
+        np.testing.assert_array_equal(obs[4:], obs[:4] * flip)  # exact, and -0 equals 0
+        np.testing.assert_array_equal(info["position"][4:], info["position"][:4] * (-1, 1))
+        for array in (reward, terminated, truncated):
+            np.testing.assert_array_equal(array[4:], array[:4])
+        for i in np.flatnonzero((terminated | truncated)[:4]):
+            np.testing.assert_array_equal(info["final_obs"][4 + i], info["final_obs"][i] * flip)
+            position, success = info["final_info"]["position"], info["final_info"]["success"]
+            np.testing.assert_array_equal(position[4 + i], position[i] * (-1, 1))
+            assert success[4 + i] == success[i] == (reward[i] == 100)
+            rewards.append((i, reward[i] if terminated[i] else "time"))
+    for ending in [(0, 100), (1, -10), (2, -10), (3, "time")]:
+        assert ending in rewards
+
+
 @pytest.mark.parametrize("num_obstacles", [3, 40])
 def test_random_layout(num_obstacles):
     env = TargetReachingVec(2000, num_obstacles=num_obstacles)
@@ -366,7 +427,7 @@ def test_random_layout_is_new_in_each_episode():
 
 @pytest.mark.parametrize(
     "arguments",
-    [{}, {"layout": "task1"}, {"inverted": True, "obstacle_penalty": -1.0, "speed_bonus": 1.0}],
+    [{}, {"layout": "task1"}, {"layout": "mirror"}, {"inverted": True, "obstacle_penalty": -1.0, "speed_bonus": 1.0}],
 )
 def test_vectorised_equals_sync_vector_env(arguments):
     arguments = dict(arguments, max_episode_steps=90)
