@@ -1,0 +1,62 @@
+"""Loads the policy that a finished run left, and tells its Gaussians: for the scripts of this folder."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from trajectories import load_script
+
+
+class Saved(NamedTuple):
+    script: ModuleType  # of algos/
+    args: object  # the run's Args, on one thread of the CPU
+    env: object  # the script's Env, with the episodes of its evaluations
+    agent: nn.Module
+
+
+def load(path: Path, parts: tuple[str, ...] = ("actor.",)) -> Saved:
+    """The agent of a run's folder, or of a file such as those of results/policies.
+
+    Args:
+        path: A folder with policy.pt, or a file.
+        parts: What the file must hold. A policy has the actor alone, a model.pt the critics as well.
+
+    Raises:
+        ValueError: A weight of these parts is missing.
+    """
+    file = path / "policy.pt" if path.is_dir() else path
+    script = load_script(torch.load(file, map_location="cpu", weights_only=True)["script"])
+    args, saved = script.parse(["--evaluate", str(file), "--device", "cpu", "--num-threads", "1"])
+    env = script.Env(args, evaluation=True)
+    agent = script.Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
+    missing = agent.load_state_dict(saved["agent"], strict=False).missing_keys
+    if lacks := [name for name in missing if name.startswith(parts)]:
+        raise ValueError(f"{file} has no {lacks[0]}")
+    return Saved(script, args, env, agent)
+
+
+class Gaussians(NamedTuple):
+    """The density of u is sum_k w_k N(u; mean_k, std_k^2); the action is tanh(u) of SAC, clip(u, -1, 1) of PPO."""
+
+    w: torch.Tensor  # (B, K)
+    mean: torch.Tensor  # (B, K, A)
+    std: torch.Tensor  # (B, K, A)
+    gate: torch.Tensor | None  # weights of a gate (B, number of experts): w of a mixture; of one Gaussian, not w
+    squashed: bool  # by tanh
+
+
+@torch.no_grad()
+def gaussians(actor: nn.Module, obs: torch.Tensor) -> Gaussians:
+    """The policy at obs (B, O). The one place here that knows what the actors of the scripts return."""
+    squashed = not hasattr(actor, "normalize")
+    if squashed:  # SAC: mean, log std and, where there is a gate, its weights
+        mean, log_std, *gate = actor(obs)
+    else:  # PPO: mean, log weights where there is a gate, value; one standard deviation for all states
+        mean, *gate, _ = actor(actor.normalize(obs))
+        log_std, gate = actor.log_std.expand_as(mean), [log_w.exp() for log_w in gate]
+    gate = gate[0] if gate else None
+    if mean.ndim == 2:
+        return Gaussians(torch.ones(len(mean), 1), mean[:, None], log_std.exp()[:, None], gate, squashed)
+    return Gaussians(gate, mean, log_std.exp(), gate, squashed)
