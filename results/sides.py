@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from policy import gaussians, load
+from policy import Saved, gaussians, load
 from torch.special import ndtr
 
 EPISODES, ENOUGH = 100, 0.9
@@ -64,10 +64,10 @@ def entropy(left: int, right: int) -> float:
     return sum(p * math.log2(1 / p) for p in shares if p > 0)
 
 
-def fly(script, agent, env, args, policy: str) -> dict:
+def fly(saved: Saved, policy: str) -> dict:
     """Success and sides in episodes that are flown as an evaluation flies them."""
-    recorder = Recorder(env)
-    script.evaluate(agent, recorder, dataclasses.replace(args, eval_episodes=EPISODES), 0, policy)
+    recorder, args = Recorder(saved.env), dataclasses.replace(saved.args, eval_episodes=EPISODES)
+    saved.script.evaluate(saved.agent, recorder, args, 0, policy)
     x = [crossing(path) for path, arrived in zip(recorder.paths, recorder.arrived, strict=True) if arrived]
     left, right, success = sum(v < 0 for v in x), sum(v > 0 for v in x), len(x) / EPISODES
     row = {"policy": policy, "episodes": EPISODES, "success": success, "left": left, "right": right}
@@ -109,7 +109,7 @@ def main(path: Path) -> Path:
     lines, start = [",".join(COLUMNS)], at_start(saved.agent, saved.env.reset(0)[0])
     for policy in ("stochastic", "gate"):
         if policy == "stochastic" or policy in saved.script.Actor.policies:
-            row = fly(saved.script, saved.agent, saved.env, saved.args, policy)
+            row = fly(saved, policy)
             row |= start if policy == "stochastic" else {}
             lines.append(",".join(str(row.get(name, "")) for name in COLUMNS))
     file = path / "sides.csv" if path.is_dir() else path.with_suffix(".sides.csv")

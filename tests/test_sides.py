@@ -22,6 +22,13 @@ def sides():
         yield load("sides", RESULTS)
 
 
+@pytest.fixture(scope="module")
+def history(sides):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RESULTS)
+        yield load("side_history", RESULTS)
+
+
 # Numbers
 
 
@@ -181,16 +188,18 @@ def test_policies_with_one_way(sides, pmoe, sac, tmp_path):
     assert {path.stem for path in tmp_path.glob("*.csv")} == {"decided.sides", "agreed.sides", "single.sides"}
 
 
-def test_sides_do_not_count_below_nine_tenths(sides, sac, monkeypatch):
+def test_sides_do_not_count_below_nine_tenths(sides, sac):
     """Nor do those of episodes that fail: here every fourth, and then every twentieth, flies into the obstacle."""
     agent, args = pilot(sac, (1.0,))
     env = sac.Env(args, evaluation=True)
+    saved = SimpleNamespace(script=sac, args=args, env=env)
     for period, success, known in ((4, 0.75, False), (20, 0.95, True)):
 
         def act(obs, policy, period=period):
             return np.float32([0, 1]) if env.episode % period == 0 else agent.act(obs, policy)
 
-        row = sides.fly(sac, SimpleNamespace(act=act), env, args, "stochastic")
+        saved.agent = SimpleNamespace(act=act)
+        row = sides.fly(saved, "stochastic")
         assert (row["success"], row["left"], row["right"]) == (success, 0, 100 * success)
         assert row["entropy"] == ("0.0000" if known else "")
 
@@ -206,3 +215,42 @@ def test_refusals(sides, sac, tmp_path):
     torch.save(saved, tmp_path / "less.pt")
     with pytest.raises(ValueError, match="has no actor.head.bias"):
         sides.main(tmp_path / "less.pt")
+
+
+# Over training
+
+
+def test_best_action_of_each_side(history):
+    """Of critics that are known: what counts is the smaller Q, and a side begins at |a_x| = 0.5."""
+
+    def critic(obs, action):  # (B, O), (B, N, A) -> (2, B, N)
+        x, y = action.unbind(-1)
+        return torch.stack([3 - (x + 0.7) ** 2 - (y - 0.4) ** 2, torch.full_like(x, 100), -10 * x])[[0, 2]]
+
+    q_left, q_right = history.best(critic, np.zeros(11, np.float32))
+    assert q_left == pytest.approx(3) and q_right == pytest.approx(-5)  # at (-0.7, 0.4), and at a_x = 0.5
+
+
+def test_history_repeats_the_run(sides, history, pmoe, tmp_path, capsys):
+    flags = ["--env-id", MIRROR, "--total-timesteps", "70", "--learning-starts", "20", "--num-threads", "1"]
+    flags += ["--batch-size", "8", "--eval-episodes", "1", "--eval-every", "30", "--run-dir", str(tmp_path)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["algos/sac_pmoe.py", *flags])  # run.json has the command
+        pmoe.main(flags)
+        patch.setattr(sides, "EPISODES", 3)
+        patch.setattr("sides.EPISODES", 3)
+        path = history.main(tmp_path, every=25)
+        assert "the same weights as" in capsys.readouterr().out
+        with open(path) as file:
+            rows = list(csv.DictReader(file))
+        assert [row["step"] for row in rows] == ["20", "45", "70"]
+        assert rows[0]["alpha"] == "0.1000" and len({row["gate"] for row in rows}) == 3
+        end = run(sides, tmp_path)["stochastic"]
+        for name in ("p_left", "modes", "modes_u", "gate", "success", "left", "right"):
+            assert rows[-1][name] == end[name]
+
+        saved = torch.load(tmp_path / "policy.pt", weights_only=True)
+        saved["agent"]["actor.head.bias"][0] += 1e-7
+        torch.save(saved, tmp_path / "policy.pt")
+        history.main(tmp_path, every=1000)
+        assert "OTHER weights than" in capsys.readouterr().out
