@@ -3,6 +3,7 @@
     python results/speed.py [--threads 1 2] [--precisions highest medium] [--train-steps 1500]
     python results/speed.py --ppo        # instead: PPO against stable-baselines3's
     python results/speed.py --minatar    # instead: whole training on MinAtar with and without experts
+    python results/speed.py --gpu        # instead: every script on GPU and CPU
 
 One gradient step on a synthetic batch, and whole training on HalfCheetah-v5 (environment, replay, action and update).
 The plain SAC has two separate critics with an Adam each, weight gradients in the actor's step that nobody uses, a
@@ -18,7 +19,11 @@ less.
 """
 
 import argparse
+import contextlib
+import dataclasses
+import json
 import statistics
+import tempfile
 import time
 
 import gymnasium as gym
@@ -135,8 +140,8 @@ def training(case, plain: bool):
     name, obs_dim, action_dim, num_experts = case
     module = load_script(name)
     args = module.Args(**({"num_experts": num_experts} if num_experts > 1 else {}))
-    env = gym.wrappers.RescaleAction(gym.make("HalfCheetah-v5"), np.float32(-1), np.float32(1))
-    state = {"obs": np.float32(env.reset(seed=0)[0])}
+    env = module.Env(dataclasses.replace(args, env_id="HalfCheetah-v5"))
+    state = {"obs": env.obs}
     if plain:
         agent, arrays = Plain(obs_dim, action_dim, num_experts), []
         for width in (obs_dim, action_dim, 0, 0, obs_dim):
@@ -144,23 +149,22 @@ def training(case, plain: bool):
         count = [0]
     else:
         agent = module.Agent(obs_dim, action_dim, args)
-        buffer = module.ReplayBuffer(1_000_001, obs_dim, action_dim, torch.device("cpu"))
+        buffer = module.ReplayBuffer(1_000_000, obs_dim, action_dim, "cpu")
 
     def step(update=True):
         obs = state["obs"]
         if plain:
             action = agent.act(torch.as_tensor(obs)[None])
         else:
-            action = module.act(lambda x: agent.actor.sample(x)[0], obs, "cpu")
+            action = agent.act(obs)
         next_obs, reward, terminated, truncated, _ = env.step(action)
-        next_obs = np.float32(next_obs)
         if plain:
             for array, value in zip(arrays, (obs, action, reward, terminated, next_obs), strict=True):
                 array[count[0]] = value
             count[0] += 1
         else:
-            buffer.add(obs, action, reward, terminated, next_obs, terminated or truncated)
-        state["obs"] = np.float32(env.reset()[0]) if terminated or truncated else next_obs
+            buffer.add(obs, action, reward, terminated, next_obs)
+        state["obs"] = env.reset()[0] if terminated or truncated else next_obs
         if update and plain:
             rows = np.random.randint(count[0], size=BATCH)
             agent.update(module.Batch(*(torch.as_tensor(array[rows]) for array in arrays)))
@@ -337,6 +341,44 @@ def minatar(threads: list[int], rounds: int):
         print(f"{task} alone: {4000 / (time.process_time() - start):.0f} steps/s with random actions")
 
 
+SAC_FLAGS = "--env-id HalfCheetah-v5 --learning-starts 500"
+GPU = {  # script -> flags; every script with its usual sizes
+    "sac": SAC_FLAGS,
+    "sac_pmoe": SAC_FLAGS,
+    "sac_moe_multitask": "--learning-starts 500",
+    "ppo": "--env-id HalfCheetah-v5",
+    "ppo_pmoe": "--env-id HalfCheetah-v5",
+    "ppo_moe_multitask": "",
+    "pqn": "",
+    "pqn_moe": "",
+}
+
+
+def whole_run(script: str, device: str, flags: str, steps: int) -> float:
+    """Seconds that a whole run of so many steps takes, its one evaluation included."""
+    module = load_script(script)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        short = f"{flags} --total-timesteps {steps} --eval-every 1000000000 --eval-episodes 1 --num-threads 1"
+        run = module.main([*short.split(), "--device", device, "--run-dir", f"{folder}/run"])
+        return json.loads((run / "run.json").read_text())["wall_time"]
+
+
+def gpu():
+    """Steps per second of every script on GPU and CPU: two runs of different length, the first to warm up."""
+    if not torch.cuda.is_available():
+        raise SystemExit("--gpu: this machine has no GPU that PyTorch can use")
+    print(f"{torch.cuda.get_device_name()}\n| script | GPU, steps/s | CPU, steps/s | GPU / CPU |\n|---|---|---|---|")
+    for script, flags in GPU.items():
+        short, long = (1500, 4500) if script.startswith("sac") else (8192, 40960)
+        if "moe_multitask" in script and script.startswith("ppo") or script.startswith("pqn"):
+            short, long = 3 * 8064, 9 * 8064
+        speeds = []
+        for device in ("cuda", "cpu"):
+            first = whole_run(script, device, flags, short)
+            speeds.append((long - short) / (whole_run(script, device, flags, long) - first))
+        print(f"| {script}.py | {speeds[0]:.0f} | {speeds[1]:.0f} | {speeds[0] / speeds[1]:.2f} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -345,7 +387,10 @@ def main():
     parser.add_argument("--train-steps", type=int, default=900, help="0 leaves the whole training out")
     parser.add_argument("--ppo", action="store_true", help="PPO against stable-baselines3's, and nothing else")
     parser.add_argument("--minatar", action="store_true", help="only the whole training on MinAtar")
+    parser.add_argument("--gpu", action="store_true", help="steps per second of every script on GPU and CPU")
     args = parser.parse_args()
+    if args.gpu:
+        return gpu()
     torch.set_flush_denormal(True)  # for both forms: the plain one would be slower still without it
     if args.ppo:
         return ppo_speed(args.threads, args.rounds)
