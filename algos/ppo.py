@@ -1,7 +1,19 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]>=1.4,<2",
+#     "mujoco>=3.3,<4",
+#     "tyro>=1.0,<2",
+#     "tensorboard>=2.18,<3",
+#     "tqdm>=4.66,<5",
+#     "numpy>=2.0,<3",
+# ]
+# ///
 """Proximal policy optimisation (PPO): the base of the on-policy mixture scripts.
 
 Paper   Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347.
-Policy  a ~ N(mu(s), sigma^2), sigma the same in every state; the environment gets a clipped to [-1, 1]^A.
+Policy  a ~ N(mu(s), sigma^2), sigma the same in every state; the environment receives clip(a, -1, 1).
 
 Run       python algos/ppo.py                                 # target-reaching
           python algos/ppo.py --env-id HalfCheetah-v5 --total-timesteps 1000000
@@ -10,26 +22,26 @@ Resume    python algos/ppo.py --resume runs/NAME              # after Ctrl-C, ki
 Evaluate  python algos/ppo.py --evaluate runs/NAME --video    # deterministic and stochastic return, a GIF
 
 What differs from sac.py, besides the algorithm:
-1. At a checkpoint the running episodes are cut off (bootstrapped, as at every end of a rollout) and all environments
-   are seeded anew from --seed and the step, so a checkpoint needs no simulator state. --checkpoint-every is thereby
-   part of what determines a run, and an interrupted run goes on from its last checkpoint, not from where it stopped.
-2. A run ends with a whole rollout. One that is made longer is not the same as one that was longer from the start: its
-   learning rate rises again, and its old end cut off the episodes.
-3. Observations are normalised by moments that belong to the actor, and so to the checkpoint. They take in a rollout
-   after it has been learned from: it is acted, valued and learned with the same moments, and the ratio starts at 1 (the
-   first rollout sees raw observations). Rewards are divided by the standard deviation of their discounted sums, which
-   takes the rollout in before. Both are clipped to +-10.
-4. The default task keeps the environment's own speed bonus of 0.1, where sac.py has 0.3.
-Where this differs from the paper: what is usual since (normalised observations, advantages and rewards, orthogonal
-initialisation, annealed learning rate, clipped gradient). The value loss is the paper's, which Baselines clips.
-Letters in the shape comments: T steps, N environments, B batch, O observation size, A action dimensions.
+1. A checkpoint cuts off the running episodes (with a bootstrap, as every end of a rollout does) and seeds all
+   environments anew from --seed and the step, so it needs no simulator state. --checkpoint-every is therefore part of
+   what determines a run, and an interrupted run goes on from its last checkpoint, not from where it stopped.
+2. A run ends with a whole rollout. A run that is made longer is not the one that was longer from the start: its
+   learning rate rises again, and its old end has cut off the episodes.
+3. Observations are normalised by moments that belong to the actor. A rollout is acted, valued and learned from with the
+   same moments, which take it in afterwards: the ratio starts at 1, and the first rollout sees raw observations.
+   Rewards are divided by the standard deviation of their discounted sums, which takes the rollout in before. Both are
+   clipped to +-10.
+4. The default task keeps the environment's own bonus for speed, 0.1, where sac.py has 0.3.
+Where this differs from the paper: what has become usual since (normalised observations, advantages and rewards,
+orthogonal initialisation, annealed learning rate, clipped gradient). The value loss is the paper's, without the
+clipping that Baselines added.
+Letters in the shape comments: T steps, N environments, B batch, O observation size, A action dimensions, H hidden
+units.
 """
 
-# === shared: ppo imports ===
 import ast
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import math
 import os
@@ -39,9 +51,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -54,27 +67,23 @@ from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# === end shared ===
-
 
 @dataclasses.dataclass
 class Args:
-    # === shared: ppo run arguments ===
-    env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10"  # Gymnasium id, arguments after "?"
+    env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10"  # id?arguments
     seed: int = 1  # seed of everything random
-    total_timesteps: int | None = None  # environment steps (default: 200,000; with --resume those of that run)
+    total_timesteps: int = 200_000  # environment steps
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
-    resume: str | None = None  # folder of a run to continue from its last checkpoint
+    resume: str | None = None  # folder of a run to go on with; --total-timesteps can make it longer
     evaluate: str | None = None  # folder of a run to evaluate instead of training
     video: bool = False  # with --evaluate: also write video.gif into the run folder
     eval_every: int = 20_000  # steps between evaluations, each at the end of a rollout
-    eval_episodes: int = 10  # episodes per evaluation; --evaluate does not take them from the run
-    checkpoint_every: int | None = None  # steps between checkpoints, which end all episodes (default: 100,000 or more)
+    eval_episodes: int = 10  # episodes per evaluation
+    checkpoint_every: int | None = None  # steps between checkpoints, which end all episodes (default: see Run)
     device: str = "cpu"  # cpu, cuda or cuda:N
     num_threads: int = 1  # CPU threads of PyTorch
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
-    # === end shared ===
-    # === shared: ppo arguments ===
+    # PPO
     num_envs: int = 8  # environments, those of all processes together
     async_envs: bool = False  # each environment in a process of its own; pays if its step takes long
     num_steps: int = 256  # steps of each environment per rollout
@@ -89,192 +98,17 @@ class Args:
     ent_coef: float = 0.0  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     target_kl: float | None = None  # no further pass over a rollout once a pass has a mean KL divergence above this
-    # === end shared ===
 
 
-# === shared: environment ===
-def fail(message: str):
-    """One line on stderr and exit code 2: the run cannot start."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+# T steps of N environments: obs (T, N, O); action (T, N, A), before clipping; reward, terminated and done = terminated
+# or truncated (T, N); next_obs (T, N, O), where an episode ends its last observation; discounted (T, N), the sum of the
+# episode's rewards so far, each discounted by its age.
+Rollout = namedtuple("Rollout", "obs action reward terminated done next_obs discounted")
+# Rows to learn from: obs (B, O), normalised; action (B, A), before clipping; log_prob (B,), of the policy that acted;
+# advantage (B,); target (B,), of the critic.
+Batch = namedtuple("Batch", "obs action log_prob advantage target")
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """`id?key=value&key=value` -> environment with a flat Box observation and actions in [-1, 1]^A.
-
-    When an episode ends, info["episode"] has its return "r" and its length "l".
-    """
-    name, _, query = env_id.partition("?")
-    try:
-        kwargs = {key: value for key, _, value in (pair.partition("=") for pair in query.split("&") if pair)}
-        for key, value in kwargs.items():
-            try:
-                kwargs[key] = ast.literal_eval(value)  # numbers, booleans, tuples
-            except (ValueError, SyntaxError):
-                pass  # a plain word stays a string
-        env = gym.make(name, **kwargs, **({"render_mode": render_mode} if render_mode else {}))
-        env.unwrapped.action_space.seed(0)
-        env.unwrapped.reset(seed=0)
-        env.unwrapped.step(env.unwrapped.action_space.sample())  # an argument of a wrong kind may show only now
-    except Exception as error:  # whatever the environment's own code raises
-        hint = "give an id of gymnasium.pprint_registry(), with arguments as id?name=value&name=value"
-        if isinstance(error, ImportError):
-            hint = "install it (moe_envs: pip install -e . in the repository)"
-        fail(f"--env-id {env_id}: {(str(error).strip() or type(error).__name__).splitlines()[0]}; {hint}")
-    for role, space in (("action", env.action_space), ("observation", env.observation_space)):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            fail(f"--env-id {env_id}: needs a flat Box {role} space such as Pendulum-v1's, this one has {space}")
-    if (env.spec.max_episode_steps or -1) < 0:
-        fail(f"--env-id {env_id}: has no time limit, an evaluation may never end; give {name}?max_episode_steps=1000")
-    if not np.issubdtype(env.action_space.dtype, np.floating):
-        fail(f"--env-id {env_id}: needs real-valued actions such as Pendulum-v1's, this one has {env.action_space}")
-    if not np.isfinite([env.action_space.low, env.action_space.high]).all():
-        fail(f"--env-id {env_id}: action bounds must be finite to be rescaled to [-1, 1], they are {env.action_space}")
-    one = env.action_space.dtype.type(1)
-    return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), -one, one)
-
-
-def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
-    """Seed of one episode, below 2^32; training seeds lie in the lower half, evaluation seeds in the upper."""
-    return (2**31 if evaluation else 0) + (seed * 100_003 + episode) % 2**31
-
-
-# === end shared ===
-# === shared: data parallel ===
-RANK, WORLD = 0, 1  # number of this process, and how many there are
-if {"RANK", "LOCAL_RANK", "WORLD_SIZE"} <= os.environ.keys():  # started by torchrun
-    RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def average(x: torch.Tensor) -> torch.Tensor:
-    """Mean of `x` over the processes."""
-    if WORLD > 1:
-        torch.distributed.all_reduce(x)
-        x /= WORLD
-    return x
-
-
-def gather(x: torch.Tensor) -> torch.Tensor:
-    """(T, N / WORLD, ...) of each process -> (T, N, ...)"""
-    if WORLD == 1:
-        return x
-    parts = [torch.empty_like(x) for _ in range(WORLD)]
-    torch.distributed.all_gather(parts, x)
-    return torch.cat(parts, dim=1)
-
-
-# === end shared ===
-# === shared: rollout ===
-class Rollout(NamedTuple):
-    obs: torch.Tensor  # (T, N, O)
-    action: torch.Tensor  # (T, N, A), before clipping
-    reward: torch.Tensor  # (T, N)
-    terminated: torch.Tensor  # (T, N)
-    done: torch.Tensor  # (T, N), terminated or truncated
-    next_obs: torch.Tensor  # (T, N, O), in a step that ends an episode its last observation
-    discounted: torch.Tensor  # (T, N), sum of the episode's rewards so far, each discounted by its age: scales rewards
-
-
-class Bare(gym.Wrapper):
-    """Copies observations, which some environments change in place, and drops info, which takes time to collect."""
-
-    def reset(self, **arguments):
-        return np.array(self.env.reset(**arguments)[0]), {}
-
-    def step(self, action):
-        obs, reward, terminated, truncated, _ = self.env.step(action)
-        return np.array(obs), reward, terminated, truncated, {}
-
-
-def make_envs(args: Args) -> gym.vector.VectorEnv:
-    """This process's share of the environments, actions in [-1, 1]^A; one that ends starts anew in the same step."""
-    spec = make_env(args.env_id).spec
-    wrappers = gym.spec(spec.id).additional_wrappers  # those that it is registered with
-    spec = dataclasses.replace(spec, additional_wrappers=wrappers, disable_env_checker=True)
-    count, mode = args.num_envs // WORLD, gym.vector.AutoresetMode.SAME_STEP
-    own_form = spec.vector_entry_point and not wrappers and not args.async_envs
-    envs = gym.make_vec(spec, count) if own_form else None
-    if envs is None or envs.metadata.get("autoreset_mode") != mode:
-        kind = "async" if args.async_envs else "sync"
-        envs = gym.make_vec(spec, count, kind, wrappers=[Bare], vector_kwargs={"autoreset_mode": mode})
-    one = envs.action_space.dtype.type(1)
-    return gym.wrappers.vector.RescaleAction(envs, -one, one)
-
-
-def require_finite(what: str, *arrays: np.ndarray):
-    """Raises FloatingPointError if a number is not finite. The moments would never recover from one."""
-    if not all(np.isfinite(array).all() for array in arrays):
-        raise FloatingPointError(f"{what} is not finite")
-
-
-class Sampler:
-    """Steps this process's environments by the policy; each one's observation and return last till reset()."""
-
-    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
-        self.envs, self.args = envs, args
-
-    def reset(self, global_step: int):
-        """New episodes everywhere, each environment with a seed made from the run's seed and the step."""
-        first = global_step // self.args.num_steps + RANK * self.envs.num_envs  # one number per environment and rollout
-        seeds = [episode_seed(self.args.seed, first + i) for i in range(self.envs.num_envs)]
-        self.obs = np.array(self.envs.reset(seed=seeds)[0], np.float32)
-        self.discounted, self.returns, self.lengths = np.zeros((3, self.envs.num_envs))
-
-    @torch.no_grad()
-    def rollout(self, agent: "Agent") -> tuple[Rollout, list[tuple[float, int]]]:
-        """T steps of all N environments, and return and length of each episode of this process that ended in them."""
-        args, n = self.args, self.envs.num_envs
-        # Every process draws the noise of all and takes its share, so the split changes nothing.
-        noise = torch.randn(args.num_steps, args.num_envs, agent.actor.noise_dim)[:, RANK * n : (RANK + 1) * n]
-        noise, columns, episodes = noise.to(args.device), [], []
-        for t in range(args.num_steps):
-            clipped, action = agent.actor.sample(torch.from_numpy(self.obs).to(args.device), noise[t])
-            clipped, action = clipped.cpu().numpy(), action.cpu().numpy()
-            require_finite("an observation of the environment", self.obs)
-            require_finite("the training has diverged, the policy's action", action)
-            obs, reward, terminated, truncated, info = self.envs.step(clipped)
-            obs, done = np.array(obs, np.float32), terminated | truncated
-            next_obs, ended = obs.copy() if done.any() else obs, np.flatnonzero(done)
-            self.discounted, self.returns = self.discounted * args.gamma + reward, self.returns + reward
-            self.lengths += 1
-            columns.append((self.obs, action, reward, terminated, done, next_obs, self.discounted.copy()))
-            for i in ended:
-                next_obs[i] = info["final_obs"][i]
-                episodes.append((self.returns[i], self.lengths[i]))
-                self.discounted[i] = self.returns[i] = self.lengths[i] = 0
-            require_finite("a reward or observation of the environment", reward, next_obs)
-            self.obs = obs
-        columns = (np.stack(column).astype(np.float32) for column in zip(*columns, strict=True))
-        return Rollout(*(gather(torch.from_numpy(column).to(args.device)) for column in columns)), episodes
-
-
-# === end shared ===
-# === shared: moments ===
-class Moments(nn.Module):
-    """Mean and variance of all that it has been shown; calling it standardises, within 10 standard deviations."""
-
-    def __init__(self, *shape: int):
-        super().__init__()
-        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
-        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
-        self.register_buffer("shift", torch.zeros(shape))  # mean and 1 / std as forward() uses them
-        self.register_buffer("scale", torch.ones(shape))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return ((x - self.shift) * self.scale).clamp(-10, 10)
-
-    def update(self, x: torch.Tensor):
-        """Takes in x (B, *shape): mean and variance of the union of two sets (Chan et al. 1979)."""
-        x, n = x.double(), len(x)
-        total, delta = self.count + n, x.mean(0) - self.mean
-        self.var = (self.count * self.var + n * x.var(0, correction=0) + delta**2 * self.count * n / total) / total
-        self.mean, self.count = self.mean + delta * n / total, total
-        self.shift, self.scale = self.mean.float(), (self.var + 1e-8).rsqrt().float()
-
-
-# === end shared ===
-# === shared: trunks ===
 def orthogonal(gain: float, *shape: int) -> nn.Parameter:
     """Weights (..., inputs, outputs), each matrix orthogonal times `gain`."""
     weights = torch.empty(shape)
@@ -284,7 +118,7 @@ def orthogonal(gain: float, *shape: int) -> nn.Parameter:
 
 
 class Trunks(nn.Module):
-    """MLPs O-64-64 with tanh of actor and critic, as one batched network: every weight has a leading 2."""
+    """Hidden layers of actor and critic, MLPs O-64-64 with tanh, as one batched network: weights have a leading 2."""
 
     def __init__(self, obs_dim: int, hidden: int = 64):
         super().__init__()
@@ -308,40 +142,14 @@ class Head(nn.Module):
         return torch.addmm(self.b, x, self.w)
 
 
-# === end shared ===
-# === shared: adam ===
-class Adam(torch.optim.Adam):
-    """Adam of all weights of a module, which become views of one vector: one operation averages, clips or steps all.
-
-    It calls the function behind torch's step(), whose bookkeeping takes longer than the arithmetic.
-    """
-
-    def __init__(self, module: nn.Module, args: Args):
-        self.weights, self.max_norm = list(module.parameters()), args.max_grad_norm
-        self.vector = torch.cat([w.detach().flatten() for w in self.weights])
-        for w, part in zip(self.weights, self.vector.split([w.numel() for w in self.weights]), strict=True):
-            w.data = part.view_as(w)
-        super().__init__([self.vector], lr=args.learning_rate, eps=1e-5, fused=True)
-        zeros = {"exp_avg": torch.zeros_like(self.vector), "exp_avg_sq": torch.zeros_like(self.vector)}
-        self.state[self.vector] |= {"step": torch.zeros((), device=self.vector.device)} | zeros
-
-    def descend(self, loss: torch.Tensor):
-        """One step, by the gradient averaged over the processes and then shortened to its largest norm."""
-        gradient = average(torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.weights)]))
-        gradient /= torch.linalg.vector_norm(gradient).div_(self.max_norm).clamp_(min=1)
-        state, settings = self.state[self.vector], {key: self.param_groups[0][key] for key in ("lr", "eps", "fused")}
-        settings |= {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
-        moments = [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]
-        adam([self.vector], [gradient], *moments, **settings)
-
-
-# === end shared ===
-class ActorCritic(nn.Module):
+class Actor(nn.Module):
     """Policy N(mu(s), sigma^2) and value V(s), each an MLP O-64-64 with tanh; log sigma is a parameter."""
+
+    policies = ("deterministic",)  # what is evaluated, besides the stochastic one at the end
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.noise_dim = action_dim
+        self.noise_dim = action_dim  # normal numbers that one action takes
         self.normalize = Moments(obs_dim)
         self.trunks = Trunks(obs_dim)
         self.mean, self.value = Head(64, action_dim, gain=0.01), Head(64, 1, gain=1.0)
@@ -358,6 +166,7 @@ class ActorCritic(nn.Module):
         return -0.5 * noise.square().sum(1) - (self.log_std + 0.5 * math.log(2 * math.pi)).sum()
 
     def entropy(self) -> torch.Tensor:
+        """Of the policy, the same in every state."""
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
 
     def sample(self, obs: torch.Tensor, noise: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -366,13 +175,13 @@ class ActorCritic(nn.Module):
         action = mean + self.log_std.exp() * (torch.randn_like(mean) if noise is None else noise)
         return action.clamp(-1, 1), action
 
-    def mode(self, obs: torch.Tensor) -> torch.Tensor:
-        """Raw obs (B, O) -> deterministic action (B, A): the mean."""
-        return self(self.normalize(obs))[0].clamp(-1, 1)
+    def act(self, obs: torch.Tensor, policy: str) -> torch.Tensor:
+        """Raw obs (B, O) -> action (B, A) for the environment: a sample (stochastic) or the mean (deterministic)."""
+        return self.sample(obs)[0] if policy == "stochastic" else self(self.normalize(obs))[0].clamp(-1, 1)
 
     @torch.no_grad()
     def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The same in every state."""
+        """What is logged of the policy after learning; here the same in every state."""
         return {"policy/std": self.log_std.exp().mean(), "policy/entropy": self.entropy()}
 
 
@@ -381,15 +190,19 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = ActorCritic(obs_dim, action_dim, args)
+        self.actor = Actor(obs_dim, action_dim, args)
         self.return_moments = Moments()
         self.to(args.device)
         self.optimizers = [Adam(self.actor, args)]
 
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, policy: str) -> np.ndarray:
+        """One observation (O,) -> one action (A,), as Actor.act() has it."""
+        return self.actor.act(torch.from_numpy(obs)[None].to(self.actor.log_std.device), policy)[0].cpu().numpy()
 
-# === shared: gae ===
+
 def gae(reward, value, next_value, terminated, done, args: Args) -> torch.Tensor:
-    """Generalised advantage estimate, all (steps, N). A time limit cuts the sum but keeps the value behind it."""
+    """Generalised advantage estimate, all (T, N). A time limit cuts the sum but keeps the value behind it."""
     delta = reward + args.gamma * (1 - terminated) * next_value - value
     decay = args.gamma * args.gae_lambda * (1 - done)
     advantages, advantage = [], torch.zeros_like(delta[0])
@@ -397,16 +210,6 @@ def gae(reward, value, next_value, terminated, done, args: Args) -> torch.Tensor
         advantage = torch.addcmul(delta_t, decay_t, advantage)  # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}
         advantages.append(advantage)
     return torch.stack(advantages).flip(0)
-
-
-# === end shared ===
-# === shared: ppo learning ===
-class Batch(NamedTuple):
-    obs: torch.Tensor  # (B, O), normalised
-    action: torch.Tensor  # (B, A), before clipping
-    log_prob: torch.Tensor  # (B,), of the policy that acted
-    advantage: torch.Tensor  # (B,)
-    target: torch.Tensor  # (B,), of the critic
 
 
 @torch.no_grad()
@@ -425,17 +228,16 @@ def prepare(agent: Agent, rollout: Rollout, args: Args) -> Batch:
 
 
 def learn(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
-    """Epochs of updates on shuffled minibatches; returns the means of what update() returns, and the KL divergence."""
+    """Passes of updates on shuffled minibatches. Returns the means of what update() returns, and the KL divergence."""
     metrics = []
     for _ in range(args.update_epochs):
         rows = torch.randperm(len(batch.obs)).view(args.num_minibatches, -1).to(args.device)
-        epoch = Batch(*(x[rows] for x in batch))  # (minibatches, their size, ...)
-        std, mean = torch.std_mean(epoch.advantage, 1, keepdim=True)
-        epoch = epoch._replace(advantage=(epoch.advantage - mean) / (std + 1e-8))
-        epoch = (x.chunk(WORLD, 1)[RANK] for x in epoch)  # this process's part of each minibatch
-        metrics += [update(agent, Batch(*minibatch), args) for minibatch in zip(*epoch, strict=True)]
+        shuffled = Batch(*(x[rows] for x in batch))  # (minibatches, B, ...)
+        std, mean = torch.std_mean(shuffled.advantage, 1, keepdim=True)
+        shuffled = shuffled._replace(advantage=(shuffled.advantage - mean) / (std + 1e-8))
+        metrics += [update(agent, minibatch, args) for minibatch in split(shuffled)]
         log_ratio = torch.stack([m.pop("log_ratio") for m in metrics[-args.num_minibatches :]])
-        kl = average((log_ratio.exp() - 1 - log_ratio).mean())  # KL(pi_old || pi) in this pass
+        kl = average((log_ratio.exp() - 1 - log_ratio).mean())  # estimate of KL(pi_old || pi) in this pass
         if args.target_kl is not None and kl > args.target_kl:
             break
     clipped = average((log_ratio.exp() - 1).abs().gt(args.clip_coef).float().mean())
@@ -443,7 +245,6 @@ def learn(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     return means | {"policy/kl": kl, "policy/clipped": clipped}
 
 
-# === end shared ===
 def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     """One gradient step on a minibatch; no host synchronisation. Returns detached scalars, and log r (B,)."""
     mean, value = agent.actor(batch.obs)  # (B, A), (B,)
@@ -472,158 +273,415 @@ def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     }
 
 
-# === shared: ppo checks ===
-LIMITS = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, math.inf)}  # others: positive
+def train(args: Args, saved: dict | None = None):
+    """Roll out, estimate advantages, learn; from the checkpoint `saved` on if there is one."""
+    torch.manual_seed(args.seed)
+    envs = make_envs(args)
+    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.shape[0], args)
+    run, sampler = Run(args, saved, agent=agent), Sampler(envs, args)  # a checkpoint holds the agent
+    sampler.reset(run.step)
+    for step in run.steps():
+        if args.anneal_lr:
+            left = 1 - (step - args.num_envs * args.num_steps) / args.total_timesteps
+            for optimizer in agent.optimizers:
+                optimizer.param_groups[0]["lr"] = left * args.learning_rate
+        rollout, episodes = sampler.rollout(agent)
+        batch = prepare(agent, rollout, args)
+        metrics = learn(agent, batch, args) | agent.actor.diagnostics(batch.obs)
+
+        if episodes:
+            mean_return, mean_length = np.mean(episodes, axis=0)
+            run.log({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length})
+        run.log(metrics | {"charts/learning_rate": agent.optimizers[0].param_groups[0]["lr"]})
+        if run.due(step, args.eval_every):
+            run.evaluate()
+        if run.due(step, args.checkpoint_every):
+            run.save()
+            sampler.reset(step)
 
 
-def check_sizes(args: Args):
-    """Exits if the GPUs, the environments or the rollout cannot be divided as told."""
-    if WORLD > 1 and args.device not in ("cpu", "cuda"):
-        fail(f"--device {args.device}: {WORLD} processes need a GPU each; give cuda")
-    if args.num_envs % WORLD:
-        fail(f"--num-envs {args.num_envs}: must be a multiple of the {WORLD} processes")
-    steps, parts = args.num_envs * args.num_steps, args.num_minibatches * WORLD
-    if steps % parts or steps // args.num_minibatches < 2:
-        need = f"{parts} equal parts of a rollout of {steps} steps, at least 2 each"
-        fail(f"--num-minibatches {args.num_minibatches}: needs {need}; change it, --num-envs or --num-steps")
+# ======================================================================================================================
+# That was the agent. The rest is the same in all PPO scripts: Adam, environments, evaluation, files, flags and errors.
+# ======================================================================================================================
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # process of torchrun, their number
 
 
-# === end shared ===
-# === shared: run folder ===
-SCRIPT = Path(__file__).stem
+def average(x: torch.Tensor) -> torch.Tensor:
+    """Mean of `x` over the processes."""
+    if WORLD > 1:
+        torch.distributed.all_reduce(x)
+        x /= WORLD
+    return x
 
 
-def flag(name: str) -> str:
-    """`total_timesteps` -> `--total-timesteps`"""
-    return "--" + name.replace("_", "-")
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """(T, N / WORLD, ...) of each process -> (T, N, ...)"""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    torch.distributed.all_gather(parts, x)
+    return torch.cat(parts, dim=1)
 
 
-def given(args: Args) -> dict:
-    """Name -> value of the flags that the command spells out or that are not at their default."""
-    words = {word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv[1:]}
-    values = {field.name: (getattr(args, field.name), field.default) for field in dataclasses.fields(Args)}
-    return {name: value for name, (value, default) in values.items() if value != default or flag(name) in words}
+def split(batch: Batch):
+    """(minibatches, B, ...) -> each minibatch, of which this process has its part (B / WORLD, ...)."""
+    return (Batch(*rows) for rows in zip(*(x.chunk(WORLD, 1)[RANK] for x in batch), strict=True))
 
 
-def check(args: Args, remedy: str = "--device cpu always works"):
-    """Exits with one line naming the flag and the remedy if a value cannot work. Creates nothing."""
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            low, high = LIMITS.get(field.name, (1 if isinstance(value, int) else 1e-9, math.inf))
-            if not low <= value <= high or value == math.inf:
-                bounds = f"lie between {low} and {high}" if high < math.inf else f"be at least {low}, and finite"
-                fail(f"{flag(field.name)} {value}: must {bounds}")
-    if args.video and args.evaluate is None:
-        fail("--video: goes with --evaluate RUN_DIR")
-    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > WORLD:
-        fail("torchrun --nproc_per_node: this script is one process, ppo.py may be several; start it with python")
+def normal(*shape: int, dim: int = 0, device: str | torch.device = "cpu") -> torch.Tensor:
+    """Standard normal numbers: of those that one process would draw for all, this process's part along `dim`."""
+    whole = [size * (WORLD if i == dim else 1) for i, size in enumerate(shape)]
+    return torch.randn(*whole, device=device).chunk(WORLD, dim)[RANK]
+
+
+def require_finite(*arrays: np.ndarray):
+    """The moments would never recover from a number that is not."""
+    if not all(np.isfinite(x).all() for x in arrays):
+        raise FloatingPointError("an action, observation or reward is not finite, the training has diverged")
+
+
+class Moments(nn.Module):
+    """Mean and variance of all that it has been shown; calling it standardises, within 10 standard deviations."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(shape))  # mean and 1 / std as forward() uses them
+        self.register_buffer("scale", torch.ones(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.shift) * self.scale).clamp(-10, 10)
+
+    def update(self, x: torch.Tensor):
+        """Takes in x (B, *shape): mean and variance of the union of two sets (Chan et al. 1979)."""
+        x, n = x.double(), len(x)
+        total, delta = self.count + n, x.mean(0) - self.mean
+        self.var = (self.count * self.var + n * x.var(0, correction=0) + delta**2 * self.count * n / total) / total
+        self.mean, self.count = self.mean + delta * n / total, total
+        self.shift, self.scale = self.mean.float(), (self.var + 1e-8).rsqrt().float()
+
+
+class Adam(torch.optim.Adam):
+    """Adam of all weights of a module, which become views of one vector: one operation averages, clips or steps all.
+
+    It calls the function behind torch's step(), whose bookkeeping takes longer than the arithmetic.
+    """
+
+    def __init__(self, module: nn.Module, args: Args):
+        self.weights, self.max_norm = list(module.parameters()), args.max_grad_norm
+        self.vector = torch.cat([w.detach().flatten() for w in self.weights])
+        for w, part in zip(self.weights, self.vector.split([w.numel() for w in self.weights]), strict=True):
+            w.data = part.view_as(w)
+        super().__init__([self.vector], lr=args.learning_rate, eps=1e-5, fused=True)
+        zeros = {"exp_avg": torch.zeros_like(self.vector), "exp_avg_sq": torch.zeros_like(self.vector)}
+        self.state[self.vector] |= {"step": torch.zeros((), device=self.vector.device)} | zeros
+
+    def descend(self, loss: torch.Tensor):
+        """One step, by the gradient averaged over the processes and then shortened to its largest norm."""
+        gradient = average(torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.weights)]))
+        gradient /= torch.linalg.vector_norm(gradient).div_(self.max_norm).clamp_(min=1)
+        state, settings = self.state[self.vector], {key: self.param_groups[0][key] for key in ("lr", "eps", "fused")}
+        settings |= {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+        moments = [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]
+        adam([self.vector], [gradient], *moments, **settings)
+
+
+class Sampler:
+    """Steps this process's environments by the policy; each one's observation and return last till reset()."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+        self.envs, self.args = envs, args
+
+    def reset(self, step: int):
+        """New episodes everywhere, each environment with a seed made from the run's seed and the step."""
+        first = step // self.args.num_steps + RANK * self.envs.num_envs  # one number per environment and rollout
+        seeds = [(self.args.seed * 100_003 + first + i) % 2**30 for i in range(self.envs.num_envs)]
+        self.obs = np.array(self.envs.reset(seed=seeds)[0], np.float32)
+        self.discounted, self.returns, self.lengths = np.zeros((3, self.envs.num_envs))
+
+    @torch.no_grad()
+    def rollout(self, agent: Agent) -> tuple[Rollout, list[tuple[float, int]]]:
+        """T steps of all N environments, and return and length of each episode of this process that ended in them."""
+        args, columns, episodes = self.args, [], []
+        noise = normal(args.num_steps, self.envs.num_envs, agent.actor.noise_dim, dim=1).to(args.device)
+        for t in range(args.num_steps):
+            clipped, action = agent.actor.sample(torch.from_numpy(self.obs).to(args.device), noise[t])
+            clipped, action = clipped.cpu().numpy(), action.cpu().numpy()
+            require_finite(self.obs, action)
+            obs, reward, terminated, truncated, info = self.envs.step(clipped)
+            obs, done = np.array(obs, np.float32), terminated | truncated
+            next_obs, ended = obs.copy() if done.any() else obs, np.flatnonzero(done)
+            self.discounted, self.returns = self.discounted * args.gamma + reward, self.returns + reward
+            self.lengths += 1
+            columns.append((self.obs, action, reward, terminated, done, next_obs, self.discounted.copy()))
+            for i in ended:
+                next_obs[i] = info["final_obs"][i]
+                episodes.append((self.returns[i], self.lengths[i]))
+                self.discounted[i] = self.returns[i] = self.lengths[i] = 0
+            require_finite(reward, next_obs)
+            self.obs = obs
+        columns = (np.stack(column).astype(np.float32) for column in zip(*columns, strict=True))
+        return Rollout(*(gather(torch.from_numpy(column).to(args.device)) for column in columns)), episodes
+
+
+class Bare(gym.Wrapper):
+    """Copies observations, which some environments change in place, and drops info, which takes time to collect."""
+
+    def reset(self, **arguments):
+        return np.array(self.env.reset(**arguments)[0]), {}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        return np.array(obs), reward, terminated, truncated, {}
+
+
+@contextlib.contextmanager
+def closing(envs: gym.vector.VectorEnv):
+    """Closes them at the end. If the process of one has died, close() would wait for it: then it ends the others."""
     try:
-        assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
-        assert args.device == "cpu" or torch.cuda.is_available(), "PyTorch finds no GPU"
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # each process of torchrun has its own
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}; {remedy}")
+        yield envs
+    except (EOFError, ConnectionError) as error:
+        if not hasattr(envs.unwrapped, "processes"):
+            raise
+        for process in envs.unwrapped.processes:
+            process.terminate()
+        envs.unwrapped.closed = True
+        raise OSError("a process of --async-envs has ended") from error
+    finally:
+        envs.close()
 
 
-def configure(args: Args):
-    """PyTorch's global settings, the same in training and in evaluation."""
-    torch.set_num_threads(args.num_threads)
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """This process's share of the environments, actions in [-1, 1]^A; one that ends starts anew in the same step."""
+    spec = Env(args).spec
+    wrappers = gym.spec(spec.id).additional_wrappers  # those that it is registered with
+    spec = dataclasses.replace(spec, additional_wrappers=wrappers, disable_env_checker=True)
+    count, mode, envs = args.num_envs // WORLD, gym.vector.AutoresetMode.SAME_STEP, None
+    if spec.vector_entry_point and not wrappers and not args.async_envs:
+        envs = OPEN.enter_context(closing(gym.make_vec(spec, count)))
+    if envs is None or envs.metadata.get("autoreset_mode") != mode:
+        kind = "async" if args.async_envs else "sync"
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the processes of --async-envs: it is not theirs
+        try:
+            envs = gym.make_vec(spec, count, kind, wrappers=[Bare], vector_kwargs={"autoreset_mode": mode})
+        finally:
+            signal.signal(signal.SIGINT, interrupt)
+        OPEN.enter_context(closing(envs))
+    low, high, one = envs.action_space.low, envs.action_space.high, envs.action_space.dtype.type(1)
+    # rescaling may overstep the bounds by a rounding
+    envs = gym.wrappers.vector.TransformAction(envs, lambda actions: actions.clip(low, high))
+    return gym.wrappers.vector.RescaleAction(envs, -one, one)
+
+
+class Env(gym.Wrapper):
+    """`id?key=value&key=value` with float32 observations and actions in [-1, 1]^A. Each episode has its own seed."""
+
+    def __init__(self, args: Args, evaluation: bool = False, **kwargs):
+        self.first_seed, self.half = args.seed * 100_003, 2**30 * evaluation  # evaluation: upper half of int32
+        name, _, query = args.env_id.partition("?")
+        remedy = "see gymnasium.pprint_registry(), write id?name=value&name=value; moe_envs comes by pip install -e ."
+        with exit_on_error(f"--env-id {args.env_id}", remedy):
+            for key, _, value in (pair.partition("=") for pair in query.split("&") if pair):
+                kwargs[key] = value
+                with contextlib.suppress(ValueError, SyntaxError):  # a plain word stays a string
+                    kwargs[key] = ast.literal_eval(value)
+            env = gym.make(name, **kwargs)
+            for role, space in (("an observation", env.observation_space), ("an action", env.action_space)):
+                if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                    raise ValueError(f"needs {role} space that is a flat Box, such as Pendulum-v1's, not {space}")
+            if (env.spec.max_episode_steps or 0) <= 0:
+                raise ValueError(f"has no time limit, an evaluation may never end; give {name}?max_episode_steps=1000")
+            if env.action_space.dtype.kind != "f":
+                raise ValueError(f"needs real-valued actions, this one has {env.action_space}")
+            if not np.isfinite([env.action_space.low, env.action_space.high]).all():
+                raise ValueError(f"needs finite action bounds to scale them to [-1, 1], these are {env.action_space}")
+            low, high, one = env.action_space.low, env.action_space.high, env.action_space.dtype.type(1)
+            # rescaling may overstep the bounds by a rounding
+            env = gym.wrappers.TransformAction(env, lambda action: action.clip(low, high), env.action_space)
+            env = gym.wrappers.RecordEpisodeStatistics(env)
+            super().__init__(gym.wrappers.RescaleAction(env, -one, one))
+            OPEN.callback(self.close)
+            self.reset(0)
+            self.step(self.action_space.low)  # an argument of a wrong kind may show only now
+            self.reset(0)
+
+    def reset(self, episode: int | None = None):
+        """The next episode, or that with this number."""
+        self.episode = self.episode + 1 if episode is None else episode
+        obs, info = self.env.reset(seed=self.half + (self.first_seed + self.episode) % 2**30)
+        self.obs = np.array(obs, np.float32)
+        return self.obs, info
+
+    def step(self, action: np.ndarray):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.obs = np.array(obs, np.float32)  # a copy: some environments change theirs in place
+        require_finite(action, self.obs, reward)
+        return self.obs, float(reward), bool(terminated), bool(truncated), info
+
+
+def evaluate(agent: Agent, env: Env, args: Args, step: int, policy: str, frames: list | None = None) -> dict:
+    """A row of eval.csv: raw returns of `args.eval_episodes` episodes, which have seeds of their own.
+
+    The random state is put back afterwards: training is the same with and without an evaluation.
+    """
+    results = []
+    with torch.random.fork_rng([args.device] if args.device != "cpu" else []):
+        torch.manual_seed(args.seed)
+        for episode in range(args.eval_episodes):
+            (obs, _), done = env.reset(episode), False
+            while not done:
+                obs, _, terminated, truncated, info = env.step(agent.act(obs, policy))
+                done = terminated or truncated
+                if frames is not None:
+                    frames.append(env.render())
+            results.append((info["episode"]["r"], info["episode"]["l"], info.get("success", math.nan)))
+    mean, length, success = (round(float(x), 4) for x in np.mean(results, axis=0))
+    row = {"global_step": step, "policy": policy, "episodes": args.eval_episodes, "return": mean}
+    return row | {"return_std": round(float(np.std(results, axis=0)[0]), 4), "length": length, "success": success}
+
+
+def first_process(method):
+    """Of several processes only the first logs, evaluates and saves."""
+    return method if RANK == 0 else lambda *_: None
+
+
+class Run:
+    """A training and its folder. A checkpoint is `info`, which run.json has as well, and the state of all parts."""
+
+    def __init__(self, args: Args, saved: dict | None, agent: Agent, **parts):
+        self.args, self.agent, self.step, self.eval_rows, self.eval_env = args, agent, 0, [], Env(args, evaluation=True)
+        self.size = args.num_envs * args.num_steps  # steps of a rollout
+        if args.checkpoint_every is None:  # ten times in the run, but ten whole episodes of each environment apart
+            episodes = 10 * args.num_envs * self.eval_env.spec.max_episode_steps
+            args.checkpoint_every = math.ceil(min(args.total_timesteps / 10, max(100_000, episodes)))
+        self.parts = {"agent": agent} | parts | {f"optimizer_{i}": x for i, x in enumerate(agent.optimizers)}
+        self.info = describe(args) | {"wall_time": 0.0, "resumed": []}
+        self.folder, self.rngs = Path(args.run_dir), [torch.default_generator]
+        if args.device != "cpu":
+            self.rngs.append(torch.cuda.default_generators[torch.empty(0, device=args.device).get_device()])
+        if saved:
+            self.step = saved["global_step"]  # of the evaluations a run that was made longer keeps what it has as well
+            self.eval_rows = [row for row in saved["eval_rows"] if row["policy"] in self.policies(row["global_step"])]
+            now, self.info = {"global_step": self.step} | self.info, {key: saved[key] for key in self.info}
+            self.info["resumed"].append(now)
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            for rng, state in zip(self.rngs, saved["rng"], strict=True):
+                rng.set_state(state)
+        self.started = time.perf_counter() - self.info["wall_time"]
+        self.first = self.step, time.perf_counter()  # of this process, for steps per second
+        if RANK == 0:
+            with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that can be written"):
+                if not saved and (self.folder / "checkpoint.pt").exists():
+                    raise ValueError("holds a run; go on with it by --resume")
+                self.folder.mkdir(parents=True, exist_ok=True)
+            self.save()
+            self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+            OPEN.callback(self.writer.close)
+            text = f"a checkpoint every {args.checkpoint_every} steps ends all episodes; run folder {self.folder}"
+            print(f"{SCRIPT}.py: {text}", flush=True)
+        self.bar = tqdm(initial=self.step, total=args.total_timesteps, disable=RANK > 0 or None, unit="step")
+
+    def steps(self):
+        """The ends of the rollouts that are left. Ctrl-C and SIGTERM end them after a whole one."""
+        signals, stop = [], False
+        if __name__ == "__main__":  # in a notebook Ctrl-C is not ours
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, _: signals.append(number))
+        while self.step < self.args.total_timesteps and not stop:
+            self.step += self.size
+            yield self.step
+            self.bar.update(self.size)
+            stop = average(torch.tensor(float(len(signals)), device=self.args.device)) > 0  # of all processes
+        self.bar.close()
+        if stop:
+            number, stands = signal.Signals([*signals, signal.SIGTERM][0]), self.info["global_step"]
+            text = f"{SCRIPT}.py: step {self.step}: {number.name}, the checkpoint of step {stands} stands"
+            if RANK == 0:
+                print(f"{text}; continue with --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + number)
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether the rollout that ends at `step` has passed a multiple of `every`, or is the last."""
+        return step // every > (step - self.size) // every or step >= self.args.total_timesteps
+
+    def speed(self) -> float:
+        """Environment steps per second of this process."""
+        return (self.step - self.first[0]) / (time.perf_counter() - self.first[1])
+
+    @first_process
+    def log(self, metrics: dict):
+        """Writes curves for TensorBoard."""
+        for key, value in metrics.items():
+            self.writer.add_scalar(key, value, self.step)
+        if "charts/episodic_return" in metrics:
+            self.bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}", refresh=False)
+        elif metrics:
+            self.writer.add_scalar("charts/SPS", self.speed(), self.step)
+
+    def policies(self, step: int) -> tuple[str, ...]:
+        """The policies that are evaluated after this step: at the last three evaluations the stochastic one as well."""
+        ends = range(self.size, self.args.total_timesteps + self.size, self.size)  # of all rollouts
+        evaluated = [end for end in ends if self.due(end, self.args.eval_every)]
+        return (Actor.policies + ("stochastic",) * (step in evaluated[-3:])) * (step in evaluated)
+
+    @first_process
+    def evaluate(self):
+        """Adds rows to eval.csv."""
+        rows = [evaluate(self.agent, self.eval_env, self.args, self.step, p) for p in self.policies(self.step)]
+        for row in rows:
+            known = {key: row[key] for key in ("return", "success") if math.isfinite(row[key])}  # few know success
+            suffix = "" if row["policy"] == "deterministic" else f"_{row['policy']}"
+            self.log({f"eval/{key}{suffix}": value for key, value in known.items()})
+            text = ", ".join(f"{key} {value:.2f}" for key, value in known.items()) + f", {self.speed():.0f} steps/s"
+            self.bar.write(f"step {self.step}/{self.args.total_timesteps}: {row['policy']} {text}")
+        sys.stdout.flush()  # it may be a file
+        self.eval_rows += rows
+        table = [rows[0], *(row.values() for row in self.eval_rows)]  # no time: equal runs, equal files
+        write(self.folder / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in table).encode())
+
+    @first_process
+    def save(self):
+        """Writes checkpoint.pt, model.pt, run.json and, at the end, policy.pt, unless the training has diverged."""
+        wall_time = time.perf_counter() - self.started
+        self.info |= {"args": dataclasses.asdict(self.args), "global_step": self.step}
+        self.info |= {"wall_time": wall_time, "steps_per_second": self.step / wall_time}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not all(x.isfinite().all() for x in state["agent"].values()):
+            raise FloatingPointError("a weight is not finite, the training has diverged")
+        state |= {"eval_rows": self.eval_rows, "rng": [rng.get_state() for rng in self.rngs]}
+        write(self.folder / "checkpoint.pt", self.info | state)
+        write(self.folder / "model.pt", self.info | {"agent": state["agent"]})
+        if self.step >= self.args.total_timesteps:
+            actor = {key: value for key, value in state["agent"].items() if key.startswith("actor.")}
+            write(self.folder / "policy.pt", self.info | {"agent": actor})
+        write(self.folder / "run.json", json.dumps(self.info, indent=1).encode())
 
 
 def describe(args: Args) -> dict:
-    """What has to be known to repeat the run: for run.json."""
-
-    def git(*command):
-        try:
-            command = ["git", "-C", Path(__file__).parent, *command]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):  # no git, or not in a repository
-            return None
-
-    changes = git("status", "--porcelain", "--untracked-files=no")
-    if changes == "":
-        changes = git("status", "--porcelain", "--", Path(__file__).name)  # a new script is not tracked yet
-    gpu, versions = args.device.startswith("cuda"), {"python": platform.python_version()}
-    chip = torch.cuda.get_device_name(args.device) if gpu else torch.backends.cpu.get_cpu_capability()
-    for name in ("gymnasium", "minatar", "mujoco", "numpy", "torch"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
+    """What one must know to repeat the run: for run.json."""
+    file = shlex.quote(Path(__file__).name)  # one that git does not track has no commit
+    git = f"git ls-files --error-unmatch {file} >/dev/null && git describe --always --dirty --abbrev=40 --exclude '*'"
+    error, commit = subprocess.getstatusoutput(f"cd {shlex.quote(str(Path(__file__).parent))} && {git}")
+    modules = {name: sys.modules.get(name) for name in ("gymnasium", "mujoco", "numpy", "torch")}
+    versions = {"python": platform.python_version()} | {k: str(m.__version__) for k, m in modules.items() if m}
+    chip = torch.backends.cpu.get_cpu_capability() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     return {
         "script": SCRIPT,
         "command": shlex.join(["python", *sys.argv]),
         "args": dataclasses.asdict(args),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
+        "commit": None if error else commit.removesuffix("-dirty"),
+        "dirty": None if error else commit.endswith("-dirty"),
         "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
         "processes": WORLD,
     }
 
 
-def new_run_dir(args: Args) -> Path:
-    """Creates and returns the folder of a new run."""
-    env_name = args.env_id.split(":")[-1].translate(str.maketrans("?&=/", "----"))
-    default = f"runs/{env_name}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir or default)
-    if any((run_dir / name).exists() for name in ("checkpoint.pt", "eval.csv")):
-        fail(f"--run-dir {run_dir}: holds another run; choose an empty folder, or continue it with --resume {run_dir}")
-    run = json.dumps(describe(args), indent=1).encode()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)  # of two runs of one second only one has it
-        write(run_dir / "run.json", run)
-    except OSError as error:
-        fail(f"--run-dir {run_dir}: {error.strerror or error}; choose a folder that can be written")
-    return run_dir
-
-
-def load_run(option: str, folder: str, name: str) -> tuple[Args, dict]:
-    """Arguments and content of `name` (model.pt or checkpoint.pt) of a saved run, on the CPU."""
-    try:
-        saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
-        if saved["script"] != SCRIPT:
-            fail(f"{option} {folder}: this run was made by {saved['script']}.py; use that script")
-        missing = ", ".join(flag(f.name) for f in dataclasses.fields(Args) if f.name not in saved["args"])
-        if missing:
-            fail(f"{option} {folder}: the script was another then, without {missing}; use that of run.json's commit")
-        return Args(**saved["args"]), saved
-    except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-        fail(f"{option} {folder}: no readable {name} there ({reason}); give the folder of a run of this script")
-
-
-def resume_run(args: Args) -> tuple[Args, dict]:
-    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer."""
-    saved, checkpoint = load_run("--resume", args.resume, "checkpoint.pt")
-    for name, value in given(args).items():
-        if name == "total_timesteps" and value:
-            if value < saved.total_timesteps:
-                fail(f"--total-timesteps {value}: the run has {saved.total_timesteps} and can only become longer")
-            saved = dataclasses.replace(saved, total_timesteps=value)
-        elif name != "resume" and value != getattr(saved, name):
-            fail(f"{flag(name)} {value}: cannot change in a run that is resumed, it has {getattr(saved, name)}")
-    if not os.access(args.resume, os.W_OK):
-        fail(f"--resume {args.resume}: cannot write there; copy the folder to where you can")
-    check(saved, "a run is resumed on the kind of device that made it")
-    return saved, checkpoint
-
-
-def note_resume(run_dir: Path, args: Args, global_step: int):
-    """Adds to run.json with what the run goes on: command, commit, versions and machine may be other ones now."""
-    run, now = json.loads((run_dir / "run.json").read_text()), describe(args)
-    now = {key: value for key, value in now.items() if key not in ("script", "args")}
-    run["resumed"] = [*run.get("resumed", []), {"global_step": global_step} | now]
-    write(run_dir / "run.json", json.dumps(run, indent=1).encode())
-
-
 def write(path: Path, data: bytes | dict):
-    """Writes a file (a dict by torch.save) under a temporary name first, so that `path` is never half-written."""
+    """Writes a file whole or not at all, a dict by torch.save."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -633,258 +691,114 @@ def write(path: Path, data: bytes | dict):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise OSError(f"cannot write {path}: {error}") from error
 
 
-def write_eval(run_dir: Path, rows: list[dict]):
-    """eval.csv: one line per evaluation, no wall-clock time, so that equal runs give equal files."""
-    lines = [",".join(EVAL_COLUMNS)] + [",".join(f"{row[c]}" for c in EVAL_COLUMNS) for row in rows]
-    write(run_dir / "eval.csv", "\n".join([*lines, ""]).encode())
+SCRIPT, OPEN = Path(__file__).stem, contextlib.ExitStack()  # what main() closes
+LIMITS = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, 1e12)}  # others: positive
+OLDER = {}  # flags that older files lack, and the values at which a script does what it did then
 
 
-# === end shared ===
-# === shared: evaluation ===
-EVAL_COLUMNS = ("global_step", "policy", "episodes", "return", "return_std", "length", "success")
-
-
-def act(policy, obs: np.ndarray, device: str) -> np.ndarray:
-    """One action (A,) of `policy`, a function of a batch of observations, for one observation (O,)."""
-    with torch.no_grad():
-        return policy(torch.from_numpy(obs).to(device)[None])[0].cpu().numpy()
-
-
-def evaluate(agent: Agent, env: gym.Env, args: Args, policy: str, global_step: int, frames: list | None = None) -> dict:
-    """A row of eval.csv: raw returns over `args.eval_episodes` episodes; `policy` is deterministic or stochastic.
-
-    Own environment and seeds, and the random state is put back afterwards: training is the same with and without it.
-    """
-    function = agent.actor.mode if policy == "deterministic" else lambda obs: agent.actor.sample(obs)[0]
-    results = []
-    with torch.random.fork_rng([args.device] if args.device.startswith("cuda") else []):
-        torch.manual_seed(args.seed)
-        for episode in range(args.eval_episodes):
-            (obs, _), done = env.reset(seed=episode_seed(args.seed, episode, evaluation=True)), False
-            while not done:
-                obs, _, terminated, truncated, info = env.step(act(function, np.float32(obs), args.device))
-                done = terminated or truncated
-                if frames is not None:
-                    frames.append(env.render())
-            results.append((info["episode"]["r"], info["episode"]["l"], info.get("success", math.nan)))
-    (mean, length, success), std = np.mean(results, axis=0), np.std(results, axis=0)[0]
-    row = (global_step, policy, args.eval_episodes, *(round(float(v), 4) for v in (mean, std, length, success)))
-    return dict(zip(EVAL_COLUMNS, row, strict=True))
-
-
-def evaluate_run(args: Args) -> Path:
-    """Evaluates the run in folder `args.evaluate`, prints the result and writes it there as evaluation.json."""
-    for name, value in given(args).items():
-        if name not in ("evaluate", "eval_episodes", "video", "device"):
-            fail(f"{flag(name)} {value}: --evaluate takes it from the run; leave it out")
-    saved, model = load_run("--evaluate", args.evaluate, "model.pt")
-    run = dataclasses.replace(saved, eval_episodes=args.eval_episodes, device=args.device)
-    configure(run)
-    env = make_env(run.env_id)
-    agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], run)
-    agent.load_state_dict(model["agent"])
-    step = model["global_step"]
-    result = {policy: evaluate(agent, env, run, policy, step) for policy in ("deterministic", "stochastic")}
-    result = {policy: {k: None if v != v else v for k, v in row.items()} for policy, row in result.items()}  # no NaN
-    text = json.dumps(result, indent=1)
-    print(text)
+@contextlib.contextmanager
+def exit_on_error(what: str, remedy: str, code: int = 2, errors=Exception):
+    """Tells whatever fails inside in one line, and ends the script."""
     try:
-        write(Path(args.evaluate) / "evaluation.json", text.encode())
-    except OSError as error:
-        fail(f"--evaluate {args.evaluate}: {error}")
+        yield
+    except errors as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        tqdm.write(f"{SCRIPT}.py: {what}: {reason}; {remedy}", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
+    """Arguments and, where a run is resumed or evaluated, what it saved. Exits where a flag cannot work."""
+    args, saved = tyro.cli(Args, args=argv, description=__doc__), None
+    option, file, free = "resume", "checkpoint.pt", {"resume", "total_timesteps"}
+    if args.evaluate is not None:
+        option, file, free = "evaluate", "model.pt", {"evaluate", "video", "eval_episodes", "device", "num_threads"}
+    given = getattr(args, option)
+    if given is not None:
+        path = Path(given) if option == "evaluate" and Path(given).is_file() else Path(given) / file
+        with exit_on_error(f"--{option} {given}", f"give the folder of a run of this script; it has {file}"):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved["script"] != SCRIPT:
+                raise ValueError(f"was made by {saved['script']}.py, use that script")
+            saved["args"] = {k: v for k, v in OLDER.items() if k in vars(args)} | saved["args"]
+            if saved["args"].keys() != vars(args).keys():
+                raise ValueError(f"the script was another then, at commit {saved['commit']}")
+        args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))  # flags that are not given are the run's
+    limits = LIMITS | ({"total_timesteps": (saved["args"]["total_timesteps"], 1e12)} if saved else {})
+    for name, value in vars(args).items():
+        with exit_on_error(f"--{name.replace('_', '-')} {value}", "see --help"):
+            if saved and name not in free and value != saved["args"][name]:
+                raise ValueError(f"cannot change, the run has {saved['args'][name]}")
+            low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"must lie between {low:g} and {high:g}")
+            if name == "video" and value and args.evaluate is None:
+                raise ValueError("goes with --evaluate")
+    with exit_on_error(f"--device {args.device}", "--device cpu always works"):
+        if WORLD > 1 and args.device not in ("cpu", "cuda"):
+            raise ValueError(f"each of the {WORLD} processes takes a GPU of its own by --device cuda")
+        if WORLD > 1 and args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=args.device).item()
+    steps, parts = args.num_envs * args.num_steps, args.num_minibatches * WORLD
+    with exit_on_error(f"--num-envs {args.num_envs}", f"give a multiple of the {WORLD} processes of torchrun"):
+        if args.num_envs % WORLD:
+            raise ValueError("cannot be divided")
+    with exit_on_error(f"--num-minibatches {args.num_minibatches}", "change it, --num-envs or --num-steps"):
+        if steps % parts or steps < 2 * args.num_minibatches:
+            raise ValueError(f"needs {parts} equal parts of a rollout of {steps} steps, and minibatches of at least 2")
+    if WORLD > 1 and not torch.distributed.is_initialized():
+        backend = "nccl" if args.device == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for an evaluation
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
+    return args, saved
+
+
+def evaluate_run(args: Args, saved: dict):
+    """Prints the evaluation of a saved policy as JSON and writes it, and with --video a GIF, beside the policy."""
+    env, path = Env(args, evaluation=True), Path(args.evaluate)
+    agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
+    state = {key.removeprefix("actor."): x for key, x in saved["agent"].items() if key.startswith("actor.")}
+    agent.actor.load_state_dict(state)
+    rows = [evaluate(agent, env, args, saved["global_step"], p) for p in (*Actor.policies, "stochastic")]
+    text = json.dumps({row["policy"]: row for row in rows}, indent=1).replace("NaN", "null")
+    print(text)
+    write(path / "evaluation.json" if path.is_dir() else path.with_suffix(".json"), text.encode())
     if args.video:
-        path, frames = Path(args.evaluate) / "video.gif", []
-        try:
+        with exit_on_error("--video", "without a display, MuJoCo wants MUJOCO_GL=egl"):
             import imageio  # comes with gymnasium[mujoco]
 
-            env = make_env(run.env_id, render_mode="rgb_array")
-            evaluate(agent, env, dataclasses.replace(run, eval_episodes=1), "deterministic", step, frames)
-            imageio.mimsave(path, frames, duration=1000 / env.metadata.get("render_fps", 30), loop=0)
-        except Exception as error:  # no display, no OpenGL, a missing package: every renderer has its own errors
-            fail(f"--video: cannot draw {run.env_id} here ({error}); without a display, MuJoCo wants MUJOCO_GL=egl")
-        print(f"the first deterministic episode: {path}")
-    return Path(args.evaluate)
+            env, frames = Env(args, evaluation=True, render_mode="rgb_array"), []
+            evaluate(agent, env, dataclasses.replace(args, eval_episodes=1), 0, Actor.policies[-1], frames)
+            gif = path / "video.gif" if path.is_dir() else path.with_suffix(".gif")
+            imageio.mimsave(gif, frames, duration=1000 / env.metadata["render_fps"], loop=0)
+        print(f"one episode, policy {Actor.policies[-1]}: {gif}")
 
 
-# === end shared ===
-# === shared: ppo main ===
-def main(args: Args) -> Path | None:
-    """Trains (or resumes, or evaluates) one agent and returns the folder of its run (None beside the first process)."""
-    check(args)
-    if args.evaluate is not None:
-        return evaluate_run(args)
-    run_dir, checkpoint = args.resume, None
-    if args.resume is not None:
-        args, checkpoint = resume_run(args)
-    elif args.total_timesteps is None:
-        args = dataclasses.replace(args, total_timesteps=200_000)
-    check_sizes(args)
-    if WORLD > 1:
-        backend = "nccl" if args.device.startswith("cuda") else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for an evaluation
-    configure(args)
-    eval_env = make_env(args.env_id)
-    if args.checkpoint_every is None:  # ten whole episodes of each environment at least lie between two
-        every = max(100_000, 10 * args.num_envs * eval_env.spec.max_episode_steps)
-        args = dataclasses.replace(args, checkpoint_every=every)
-    if RANK == 0:
-        run_dir = Path(run_dir) if checkpoint else new_run_dir(args)
-    name_of_run = run_dir or "RUN_DIR"  # only the first process knows it
-
-    torch.manual_seed(args.seed)
-    agent = Agent(eval_env.observation_space.shape[0], eval_env.action_space.shape[0], args)
-    global_step, eval_rows, earlier_time = 0, [], 0.0
-    rollout_steps = args.num_envs * args.num_steps
-
-    def due(every: int, step: int) -> bool:
-        """Whether the rollout that ended at `step` went over a multiple of `every`."""
-        return step // every > (step - rollout_steps) // every
-
-    if checkpoint:
-        global_step, eval_rows, earlier_time = (checkpoint[k] for k in ("global_step", "eval_rows", "wall_time"))
-        agent.load_state_dict(checkpoint["agent"])
-        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        torch.set_rng_state(checkpoint["rng"])
-        if args.device.startswith("cuda"):
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"], args.device)
-        if global_step < args.total_timesteps:  # made longer: what was its end is not one any more
-            eval_rows = [
-                r for r in eval_rows if r["policy"] == "deterministic" and due(args.eval_every, r["global_step"])
-            ]
-    start_step = saved_step = global_step
-
-    writer = SummaryWriter(run_dir, purge_step=start_step + 1) if RANK == 0 else None
-    quiet = RANK > 0 or not sys.stderr.isatty()
-    progress = tqdm(initial=start_step, total=args.total_timesteps, disable=quiet, unit="step")
-    started, signals = time.perf_counter(), []
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the processes of --async-envs: Ctrl-C is not theirs
-    try:
-        envs = make_envs(args)
-    finally:
-        signal.signal(signal.SIGINT, interrupt)
-    handlers = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def save():
-        wall_time = earlier_time + time.perf_counter() - started
-        model = {"script": SCRIPT, "args": dataclasses.asdict(args), "global_step": global_step}
-        model["agent"] = agent.state_dict()
-        state = {"optimizers": [optimizer.state_dict() for optimizer in agent.optimizers]}
-        state |= {"eval_rows": eval_rows, "wall_time": wall_time, "rng": torch.get_rng_state()}
-        if args.device.startswith("cuda"):
-            state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
-        write(run_dir / "checkpoint.pt", model | state)
-        write(run_dir / "model.pt", model)
-        write_eval(run_dir, eval_rows)
-        run = json.loads((run_dir / "run.json").read_text()) | {"args": model["args"], "global_step": global_step}
-        run |= {"wall_time": wall_time, "steps_per_second": global_step / wall_time}
-        write(run_dir / "run.json", json.dumps(run, indent=1).encode())
-
-    def stop(reason: str, code: int):
-        progress.close()
-        if RANK == 0 or code == 1:  # a signal stops all processes
-            print(f"{SCRIPT}.py: step {global_step}: {reason}", file=sys.stderr)
-        raise SystemExit(code)
-
-    def report(metrics: dict[str, torch.Tensor], episodes: list[tuple[float, int]], last: bool):
-        """Logs a rollout and evaluates where that is due."""
-        speed = (global_step - start_step) / (time.perf_counter() - started)
-        scalars = {"charts/SPS": speed, "charts/learning_rate": agent.optimizers[0].param_groups[0]["lr"]}
-        # not finite if the last update broke a weight
-        scalars["charts/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
-        if episodes:
-            scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0).tolist()
-            progress.set_postfix_str(f"return {scalars['charts/episodic_return']:.1f}", refresh=False)
-        for key, value in metrics.items():  # a number, or one per expert
-            names = [f"{key}_{k}" for k in range(len(value))] if value.ndim else [key]
-            scalars |= dict(zip(names, value.flatten().tolist(), strict=True))
-        for key, value in scalars.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the training has diverged, {key} is {value}")
-            writer.add_scalar(key, value, global_step)
-        if last or due(args.eval_every, global_step):
-            for policy in ("deterministic", "stochastic") if last else ("deterministic",):
-                row = evaluate(agent, eval_env, args, policy, global_step)
-                eval_rows.append(row)
-                known = {k: row[k] for k in ("return", "success") if math.isfinite(row[k])}  # few know success
-                for key, value in known.items():
-                    tag = f"eval/{key}" if policy == "deterministic" else f"eval/{key}_stochastic"
-                    writer.add_scalar(tag, value, global_step)
-                text = ", ".join(f"{key} {value:.2f}" for key, value in known.items())
-                progress.write(f"step {global_step}/{args.total_timesteps}: {policy} {text}, {speed:.0f} steps/s")
-            sys.stdout.flush()  # it may be a file
-            write_eval(run_dir, eval_rows)
-
-    try:
-        sampler = Sampler(envs, args)
-        sampler.reset(global_step)
-        if RANK == 0:
-            if checkpoint:
-                note_resume(run_dir, args, global_step)
-            save()  # from now on the run can be resumed
-        while global_step < args.total_timesteps:
-            if args.anneal_lr:
-                fraction = 1 - global_step / args.total_timesteps
-                for optimizer in agent.optimizers:
-                    optimizer.param_groups[0]["lr"] = fraction * args.learning_rate
-            rollout, episodes = sampler.rollout(agent)
-            batch = prepare(agent, rollout, args)
-            metrics = learn(agent, batch, args)
-            global_step += rollout_steps
-            progress.update(rollout_steps)
-
-            last = global_step >= args.total_timesteps
+def main(argv: list[str] | None = None) -> Path:
+    """Trains, resumes or evaluates as the flags say, those of the command line by default; returns the run's folder."""
+    args, saved = parse(argv)
+    now = time.strftime("%Y%m%d-%H%M%S") if RANK == 0 else "TIME"  # the others do not know when the first began
+    name = f"{args.env_id.split(':')[-1]}__{SCRIPT}__s{args.seed}__{now}"
+    default = "runs/" + name.translate(str.maketrans("?&=/", "----"))
+    folder = args.evaluate or args.resume or args.run_dir or default
+    peers = exit_on_error("this or another process has failed", f"--resume {folder}", 1, (RuntimeError,) * (WORLD > 1))
+    with exit_on_error("stopped", f"--resume {folder}", 1, (OSError, FloatingPointError)), peers, OPEN:
+        if args.evaluate is not None:
+            evaluate_run(args, saved)
+        else:
+            train(dataclasses.replace(args, run_dir=folder, resume=None), saved)
             if RANK == 0:
-                report(metrics | agent.actor.diagnostics(batch.obs), episodes, last)
-            if last or due(args.checkpoint_every, global_step):
-                saved_step = global_step
-                if RANK == 0:
-                    save()
-                sampler.reset(global_step)
-            if average(torch.tensor(float(len(signals)), device=args.device)) > 0 and not last:  # of all processes
-                number = signal.Signals(signals[0] if signals else signal.SIGTERM)
-                stop(
-                    f"{number.name}; --resume {name_of_run} goes on from its checkpoint of step {saved_step}",
-                    128 + number,
-                )
-    except FloatingPointError as error:
-        stop(f"{error}; {name_of_run} keeps its checkpoint, but --resume would repeat this", 1)
-    except (EOFError, OSError) as error:
-        reason, code = f"{error}; what was saved last stands: mend that, then", 1
-        processes = envs.unwrapped.processes if args.async_envs else []
-        if not all(process.join(0.1) or process.is_alive() for process in processes):
-            for process in processes:  # close() would wait for their answers
-                process.terminate()
-            envs.unwrapped.closed = True
-            reason = "a process of --async-envs has ended;"
-            if signals:  # torchrun sends them to these processes as well
-                reason, code = f"{signal.Signals(signals[0]).name};", 128 + signals[0]
-        stop(f"{reason} --resume {name_of_run} goes on from its last checkpoint", code)
-    except RuntimeError as error:
-        if WORLD == 1:
-            raise
-        reason = f"this or another process has failed ({str(error).splitlines()[0]})"
-        stop(f"{reason}; --resume {name_of_run} goes on from its last checkpoint", 1)
-    finally:
-        with contextlib.suppress(EOFError, OSError):  # one of its processes has ended
-            envs.close()
-        progress.close()
-        if writer:
-            with contextlib.suppress(OSError):  # the disk is full, as was said
-                writer.close()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    if WORLD > 1:  # not where a process has failed: it may wait for the others, who wait for that one
-        torch.distributed.destroy_process_group()
-    if RANK > 0:
-        return None
-    print(f"{SCRIPT}.py: finished at step {global_step}; run folder {run_dir}")
-    return run_dir
+                print(f"{SCRIPT}.py: finished; run folder {folder}")
+            if WORLD > 1:  # not where a process has failed: it may wait for the others, who wait for that one
+                torch.distributed.destroy_process_group()
+    return Path(folder)
 
 
-# === end shared ===
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    main()

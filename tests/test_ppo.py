@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from conftest import ALGOS
 from test_sac import NoSynchronisation
-from test_training import Strange
+from test_training import Strange, flags
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 
@@ -30,7 +30,7 @@ def run(module, folder, **changes):
     """A short run of `module` in this process; returns its agent's tensors."""
     settings = dict(env_id="Pendulum-v1", total_timesteps=240, num_envs=4, num_steps=20, num_minibatches=4)
     settings |= dict(update_epochs=2, eval_every=10**6, eval_episodes=1, num_threads=1, run_dir=str(folder))
-    module.main(module.Args(**(settings | changes)))
+    module.main(flags(**(settings | changes)))
     return torch.load(folder / "model.pt", weights_only=True)["agent"]
 
 
@@ -192,14 +192,14 @@ gym.register("PPOLadder-v0", Ladder, max_episode_steps=10)
 
 def test_probe_policy(ppo_script):
     agent = train(ppo_script, "PPOActionIsReward-v0")
-    assert agent.actor.mode(torch.zeros(1, 1)).item() == pytest.approx(0.5, abs=0.1)
+    assert agent.actor.act(torch.zeros(1, 1), "deterministic").item() == pytest.approx(0.5, abs=0.1)
 
 
 def test_probe_policy_far_from_zero(ppo_script):
     """Acting, learning and evaluation see observations through the same moments: raw ones would all look alike."""
     agent = train(ppo_script, "PPOFarSigns-v0", num_envs=16)
     obs = torch.tensor([[35.0], [42.0], [58.0], [65.0]])
-    assert agent.actor.mode(obs)[:, 0].tolist() == pytest.approx([-0.5, -0.5, 0.5, 0.5], abs=0.3)
+    assert agent.actor.act(obs, "deterministic")[:, 0].tolist() == pytest.approx([-0.5, -0.5, 0.5, 0.5], abs=0.3)
 
 
 def test_probe_value_behind_a_time_limit_far_from_zero(ppo_script):
@@ -288,7 +288,7 @@ def test_learning_rates_fall_to_zero(ppo_script, tmp_path, monkeypatch):
 
 
 def test_log_prob_and_entropy_against_torch_distributions(ppo):
-    actor = ppo.ActorCritic(3, 2, ppo.Args()).double()
+    actor = ppo.Actor(3, 2, ppo.Args()).double()
     actor.log_std.data = torch.tensor([-0.7, 0.4], dtype=torch.float64)
     obs, action = torch.randn(50, 3, dtype=torch.float64), 3 * torch.randn(50, 2, dtype=torch.float64)
     mean, _ = actor(obs)
@@ -298,7 +298,7 @@ def test_log_prob_and_entropy_against_torch_distributions(ppo):
 
 
 def test_trunks_equal_two_plain_networks(ppo):
-    actor, obs = ppo.ActorCritic(3, 2, ppo.Args()), torch.randn(7, 3)
+    actor, obs = ppo.Actor(3, 2, ppo.Args()), torch.randn(7, 3)
     t = actor.trunks
     for i, (head, output) in enumerate(zip((actor.mean, actor.value), actor(obs), strict=True)):
         x = ((obs @ t.w1[i] + t.b1[i]).tanh() @ t.w2[i] + t.b2[i]).tanh()
@@ -449,7 +449,7 @@ class Killed(TwoSteps):
         return super().step(action)
 
 
-gym.register("PPOKilled-v0", Killed, max_episode_steps=10)
+gym.register("PPOKilled-v0", Killed, max_episode_steps=10, disable_env_checker=True)
 
 
 gym.register("PPOWhole-v0", Strange, max_episode_steps=5, kwargs={"dtype": np.int64})
@@ -481,13 +481,71 @@ def test_death_of_an_environments_process_ends_the_run(tmp_path, parity):
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-def test_checkpoints_leave_room_for_whole_episodes(ppo_script, tmp_path):
-    """Ten of each environment, unless told otherwise: they end all of them."""
-    for wanted, number, expected in ((None, 2, 100_000), (None, 256, 256 * 10 * 200), (80, 2, 80)):
-        sizes = dict(num_envs=number, num_steps=4, num_minibatches=2, total_timesteps=number * 4, eval_episodes=1)
-        folder = tmp_path / f"{wanted}{number}"
-        run(ppo_script, folder, checkpoint_every=wanted, **sizes)
-        assert json.loads((folder / "run.json").read_text())["args"]["checkpoint_every"] == expected
+def test_checkpoints_are_ten_episodes_or_a_tenth_of_the_run_apart(ppo_script, tmp_path, capsys):
+    """The shorter of the two, unless told otherwise: they end all episodes, and an interrupted run goes back to one."""
+    cases = (None, 2, 10**7, 100_000), (None, 256, 10**7, 256 * 10 * 200), (None, 128, 400_000, 40_000), (80, 2, 99, 80)
+    for wanted, number, total, expected in cases:
+        args = ppo_script.Args("Pendulum-v1", total_timesteps=total, num_envs=number, checkpoint_every=wanted)
+        args.run_dir = str(tmp_path / f"{number}-{total}")
+        ppo_script.Run(args, None, agent=ppo_script.Agent(3, 1, args))
+        assert (
+            json.loads((tmp_path / f"{number}-{total}" / "run.json").read_text())["args"]["checkpoint_every"]
+            == expected
+        )
+        assert f"a checkpoint every {expected} steps" in capsys.readouterr().out.splitlines()[0]
+
+
+@pytest.mark.parametrize(("every", "evaluated"), [(80, [80, 160, 240, 320, 400]), (90, [160, 240, 320, 400])])
+def test_the_last_three_evaluations_are_stochastic_too(ppo_script, tmp_path, every, evaluated):
+    """Every one comes at the end of a rollout, here of 80 steps."""
+    run(ppo_script, tmp_path / "run", total_timesteps=330, eval_every=every)
+    rows = [line.split(",") for line in (tmp_path / "run" / "eval.csv").read_text().splitlines()[1:]]
+    assert [int(step) for step, policy, *_ in rows if policy == "deterministic"] == evaluated
+    assert [int(step) for step, policy, *_ in rows if policy == "stochastic"] == evaluated[-3:]
+
+
+class Bounded(Strange):
+    """Takes only actions of its space, whose bounds are not those of a scale about zero; counts who is not closed."""
+
+    running = set()
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.Box(-2, 1, (1,), np.float64)
+        self.running.add(self)
+
+    def step(self, action):
+        assert self.action_space.contains(action), action.tolist()
+        return super().step(action)
+
+    def close(self):
+        self.running.remove(self)
+
+
+gym.register("PPOBounded-v0", Bounded, max_episode_steps=5)
+
+
+def test_actions_at_the_bounds_are_within_them(ppo):
+    """Scaled by 3 and shifted by 1, an action of 1 is 1.0000000000000002 but for the clipping."""
+    args = ppo.Args(env_id="PPOBounded-v0", num_envs=2)
+    for env in (ppo.Env(args), ppo.make_envs(args)):
+        env.reset()
+        for action in (-1.0, 1.0):
+            _, reward, *_ = env.step(np.full(env.action_space.shape, action, np.float32))
+            assert np.all(reward == (1 if action > 0 else -2))
+
+
+def test_every_environment_is_closed(ppo_script, tmp_path):
+    """After a run, after one that fails, and after an evaluation. None twice."""
+    folder = tmp_path / "run"
+    Bounded.running.clear()
+    run(ppo_script, folder, env_id="PPOBounded-v0")
+    assert not Bounded.running
+    ppo_script.main(["--evaluate", str(folder)])
+    assert not Bounded.running
+    with pytest.raises(SystemExit):
+        run(ppo_script, folder, env_id="PPOBounded-v0")  # the folder is taken
+    assert not Bounded.running
 
 
 def test_every_environment_has_its_own_seed(ppo):
@@ -521,9 +579,9 @@ def checked_update(agent, batch, args):
     return update(agent, batch, args)
 
 script.update = checked_update
-script.main(script.Args(env_id="moe_envs:TargetReaching-v0?max_episode_steps=30", total_timesteps=120, num_envs=4,
-    num_steps=10, num_minibatches=4, update_epochs=2, eval_every=60, eval_episodes=1, checkpoint_every=80,
-    target_kl=3e-6, num_threads=1, run_dir=sys.argv[3]))
+script.main(["--env-id", "moe_envs:TargetReaching-v0?max_episode_steps=30", *"--total-timesteps 120 --num-envs 4"
+    " --num-steps 10 --num-minibatches 4 --update-epochs 2 --eval-every 60 --eval-episodes 1 --checkpoint-every 80"
+    " --target-kl 3e-6 --num-threads 1".split(), "--run-dir", sys.argv[3]])
 assert 12 <= len(updates) < 24, updates  # three rollouts of four updates per pass, some without a second pass
 torch.save(agents[0].state_dict(), f"{sys.argv[3]}/agent{script.RANK}.pt")
 """
@@ -558,7 +616,8 @@ def test_where_one_process_fails_each_says_so_in_a_line(tmp_path):
     errors = [job.communicate(timeout=100)[1] for job in jobs]
     assert [job.returncode for job in jobs] == [1, 1]
     for error, expected in zip(errors, ("another process has failed", "a reward is not finite"), strict=True):
-        assert expected in error and error.splitlines()[-1].startswith("ppo.py: step 0") and "Traceback" not in error
+        assert expected in error and error.splitlines()[-1].startswith("ppo.py: ") and "Traceback" not in error
+        assert error.splitlines()[-1].endswith(f"--resume {tmp_path / 'run'}")
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 

@@ -17,7 +17,7 @@ def mixture(actor, mean, log_w):
 def make_actor(module, num_experts=5, spread=1.0):
     """An actor in float64 whose experts differ in mean, standard deviation and weight."""
     torch.manual_seed(0)
-    actor = module.ActorCritic(3, 2, module.Args(num_experts=num_experts)).double()
+    actor = module.Actor(3, 2, module.Args(num_experts=num_experts)).double()
     actor.mean.b.data.normal_().mul_(spread)
     actor.log_std.data.normal_().mul_(0.5)
     actor.gate.w.data.normal_()
@@ -50,7 +50,7 @@ def test_log_prob_where_a_plain_sum_underflows(ppo_pmoe):
 
 def test_samples_follow_the_mixture(ppo_pmoe):
     """Shares of the experts as the gate says, and each expert's mean and standard deviation."""
-    actor = ppo_pmoe.ActorCritic(1, 1, ppo_pmoe.Args(num_experts=3))
+    actor = ppo_pmoe.Actor(1, 1, ppo_pmoe.Args(num_experts=3))
     actor.mean.w.data.zero_()
     actor.mean.b.data[:] = torch.tensor([-50.0, 0.0, 50.0])
     actor.log_std.data[:] = torch.tensor([[0.5], [1.0], [2.0]]).log()
@@ -68,7 +68,7 @@ def test_samples_follow_the_mixture(ppo_pmoe):
 
 def test_the_last_noise_alone_chooses_the_expert(ppo_pmoe):
     """Also at its extremes, where rounding may leave the cumulated weights below one."""
-    actor = ppo_pmoe.ActorCritic(3, 2, ppo_pmoe.Args(num_experts=7))
+    actor = ppo_pmoe.Actor(3, 2, ppo_pmoe.Args(num_experts=7))
     noise = torch.zeros(3, 3)
     noise[:, 2] = torch.tensor([-40.0, 40.0, 0.0])
     obs = torch.randn(1, 3).expand(3, 3)
@@ -82,12 +82,25 @@ def test_the_last_noise_alone_chooses_the_expert(ppo_pmoe):
     torch.testing.assert_close(actor.sample(obs, noise)[1], mean[:, 6], rtol=0, atol=0)
 
 
-def test_mode_is_the_mean_of_the_likeliest_expert(ppo_pmoe):
+def test_the_deterministic_action_is_the_mean_of_the_likeliest_expert(ppo_pmoe):
     actor = make_actor(ppo_pmoe)
     obs = torch.randn(50, 3, dtype=torch.float64)
     mean, log_w, _ = actor(obs)
     expected = torch.stack([mean[i, log_w[i].argmax()].clamp(-1, 1) for i in range(50)])
-    assert torch.equal(actor.mode(obs), expected)
+    assert torch.equal(actor.act(obs, "deterministic"), expected)
+
+
+def test_the_gates_policy_takes_the_means_as_often_as_the_gate_says(ppo_pmoe):
+    actor = ppo_pmoe.Actor(1, 1, ppo_pmoe.Args(num_experts=3))
+    actor.mean.w.data.zero_()
+    actor.mean.b.data[:] = torch.tensor([-5.0, 0.1, 0.5])
+    actor.gate.w.data.zero_()
+    actor.gate.b.data[:] = torch.tensor([0.2, 0.3, 0.5]).log()
+    torch.manual_seed(0)
+    action = actor.act(torch.zeros(30_000, 1), "gate")
+    assert action.unique().tolist() == pytest.approx([-1.0, 0.1, 0.5])
+    for value, share in ((-1.0, 0.2), (0.1, 0.3), (0.5, 0.5)):
+        assert action.eq(value).float().mean().item() == pytest.approx(share, abs=0.015)
 
 
 # The update
@@ -111,7 +124,7 @@ def test_one_expert_is_ppo(ppo, ppo_pmoe, gate_gradient, ent_coef, monkeypatch):
     monkeypatch.setattr(torch, "randn", lambda *shape, device=None: torch.ones(shape))
     for batch in batches:
         expected, metrics = ppo.update(one, batch, args), ppo_pmoe.update(other, batch, pmoe_args)
-        assert metrics["losses/gate"] == 0 and metrics["moe/wins"].tolist() == [1.0]
+        assert metrics["losses/gate"] == 0 and metrics["moe/wins_0"] == 1
         assert metrics["moe/q_spread"] == 0
         for key, value in expected.items():
             torch.testing.assert_close(metrics[key], value, rtol=1e-5, atol=1e-5, msg=key)
@@ -151,7 +164,7 @@ def test_gradients_equal_the_textbook(ppo_pmoe, gate_gradient, selection, monkey
     if gate_gradient != "ppo":
         loss = loss + ((log_w.exp() - best) ** 2).sum() / (64 * 4)
     loss.backward()
-    torch.testing.assert_close(metrics["moe/wins"], best.mean(0))
+    torch.testing.assert_close(torch.stack([metrics[f"moe/wins_{k}"] for k in range(4)]), best.mean(0))
     torch.testing.assert_close(metrics["moe/q_spread"], ((q - q.mean(1, keepdim=True)) ** 2).mean(1).sqrt().mean())
     for name, p in agent.actor.named_parameters():
         torch.testing.assert_close(fast[name], p.grad, rtol=1e-3, atol=1e-6, msg=name)
@@ -246,7 +259,7 @@ def test_entropy_bonus_has_the_gradient_of_the_mixtures_entropy(ppo_pmoe, monkey
 
 def test_equal_experts_are_one(ppo_pmoe):
     torch.manual_seed(0)
-    actor = ppo_pmoe.ActorCritic(3, 2, ppo_pmoe.Args(num_experts=3))
+    actor = ppo_pmoe.Actor(3, 2, ppo_pmoe.Args(num_experts=3))
     actor.mean.w.data = actor.mean.w.data[:, :2].repeat(1, 3)
     batch = make_batch(ppo_pmoe)
     mean, log_w, _ = actor(batch.obs)
@@ -262,7 +275,7 @@ def test_diagnostics_by_hand(ppo_pmoe):
     actor.gate.b.data = torch.tensor([math.log(3.0), 0.0])
     actor.log_std.data[0] = math.log(3.0)
     found = {k: v.tolist() for k, v in actor.diagnostics(torch.randn(9, 3)).items()}
-    assert found["moe/usage"] == pytest.approx([0.75, 0.25])
+    assert [found["moe/usage_0"], found["moe/usage_1"]] == pytest.approx([0.75, 0.25])
     assert found["moe/gate_entropy"] == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
     assert found["moe/expert_distance"] == pytest.approx(1.0) and found["policy/std"] == pytest.approx(2.0)
 
