@@ -22,8 +22,7 @@ Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluat
 Where this differs from the paper:
 1. Actions live in [-1, 1] (RescaleAction), so no action scale enters log pi; tanh's correction is in its stable form.
 2. Both critics are one batched network; in the actor's step their weights get no gradient. Same result, less work.
-3. Every episode is reset with its own seed, made from the run's seed and the episode's number. A checkpoint then needs
-   no simulator state: resume plays the actions of the running episode again and checks that it observes the same bits.
+3. Every episode is reset with its own seed, made from the run's seed and the episode's number.
 4. The temperature starts at --alpha-init 0.1, not 1 (Stable-Baselines3 offers this as ent_coef="auto_0.1"). At 1 the
    entropy of all steps to come is worth up to 2 log 2 / (1 - gamma) = 139 on the default task, which has two action
    dimensions: more than the 100 for reaching the target.
