@@ -1,0 +1,49 @@
+"""Committed policies stay readable, and act as they did when they were committed."""
+
+import csv
+import importlib.util
+import sys
+
+import pytest
+from conftest import ALGOS
+
+RESULTS = ALGOS.parent / "results"
+
+
+@pytest.fixture(scope="module")
+def policies():
+    """The module results/policies.py."""
+    sys.path.insert(0, str(RESULTS))  # it imports its neighbour
+    try:
+        spec = importlib.util.spec_from_file_location("policies", RESULTS / "policies.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.remove(str(RESULTS))
+
+
+def rows() -> list[dict]:
+    with open(RESULTS / "policies" / "policies.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_committed_policy_is_listed_and_small():
+    files = {str(path.relative_to(RESULTS / "policies")): path for path in (RESULTS / "policies").glob("*/*/*.pt")}
+    assert files.keys() == {row["file"] for row in rows()} and files
+    sizes = [path.stat().st_size for path in files.values()]
+    assert max(sizes) <= 1e6 and sum(sizes) <= 30e6
+    page = (RESULTS / "policies" / "README.md").read_text()
+    assert all(f"]({name})" in page for name in files)
+
+
+@pytest.mark.parametrize("row", rows(), ids=lambda row: row["file"])
+def test_a_committed_policy_acts_as_recorded(policies, row):
+    """To the digits that are written on the type of machine that wrote them; elsewhere an episode may end otherwise."""
+    script, policy, first = policies.first_episode(RESULTS / "policies" / row["file"])
+    assert (script, policy) == (row["script"], row["policy"])
+    recorded = float(row["first_episode"])
+    if policies.machine() == row["machine"]:
+        assert first == recorded
+    else:
+        assert first == pytest.approx(recorded, rel=0.5, abs=200)
