@@ -1,0 +1,605 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "minatar>=1.0.15,<1.1",
+#     "tyro>=1.0,<2",
+#     "tensorboard>=2.18,<3",
+#     "tqdm>=4.66,<5",
+#     "numpy>=2.0,<3",
+# ]
+# ///
+"""PQN on MinAtar whose Q-network holds a mixture of experts (Soft MoE, top-1), or the controls for one.
+
+Papers  Obando-Ceron et al. 2024, "Mixtures of Experts Unlock Parameter Scaling for Deep RL", arXiv 2402.08609, with the
+        layer of Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", arXiv 2308.00951.
+        Sokar et al. 2024, "Don't flatten, tokenize!", arXiv 2410.01930, who find that the tokens matter.
+Layer   X (m, d): m = 64 cells of the convolution as tokens of d = 16 channels; L = X Phi (m, n p);
+        S = softmax_tokens(L)^T X (n p, d); expert i maps its p rows of S; Y = softmax_slots(L) f(S) (m, d).
+
+Run       python algos/pqn_moe.py                                       # Asterix, Soft MoE with four experts
+          python algos/pqn_moe.py --game breakout --moe wide --widen 8
+Resume    python algos/pqn_moe.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash: the same bits
+Evaluate  python algos/pqn_moe.py --evaluate runs/NAME --video    # greedy and epsilon-greedy return, a GIF
+
+What differs from pqn.py:
+1. --moe: what stands between the convolution and the last layer.
+   none    the 128 units of pqn.py
+   wide    128 times --widen units
+   soft    Soft MoE of n experts 16-128-16 with p = 64 / n slots each (rounded down), so the cost does not depend on n
+   topk    the same experts, each token to the one with the largest weight, y = w_i f_i(x), w = softmax(x Phi)
+   tokens  one expert for every token, y = f(x), and nothing to route
+2. The mixtures keep 64 tokens of 16 channels, so the last layer has 1,024 inputs, and LayerNorm takes one token. The
+   matrix of 1,024 x 128, most of pqn.py's parameters, is gone: with experts the network is smaller, not larger.
+3. The share of each expert is logged (moe/usage_k): mean weight of its slots, or share of the tokens that chose it.
+Where this differs from the papers: PQN on MinAtar, not DQN and Rainbow on Atari; experts have no biases; top-1 has no
+balancing loss and drops no token.
+Letters in the shape comments: T steps, N games, B batch, C channels of a picture, A actions; m, n, p, d as above.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclasses.dataclass
+class Args:
+    game: str = "asterix"  # asterix, breakout, freeway, seaquest or space_invaders
+    seed: int = 1  # seed of everything random
+    total_timesteps: int = 2_000_000  # steps of all games together
+    run_dir: str | None = None  # folder of this run (default: runs/MinAtar-<game>__<script>__s<seed>__<time>)
+    resume: str | None = None  # folder of a run to go on with; --total-timesteps can make it longer
+    evaluate: str | None = None  # folder of a run to evaluate instead of training
+    video: bool = False  # with --evaluate: also write video.gif into the run folder
+    eval_every: int = 100_000  # steps between evaluations, each at the end of a rollout
+    eval_episodes: int = 20  # episodes of each policy per evaluation
+    checkpoint_every: int = 200_000  # steps between checkpoints, each at the end of a rollout
+    device: str = "cpu"  # cpu, cuda or cuda:N
+    num_threads: int = 1  # CPU threads of PyTorch
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
+    # MinAtar's rules
+    sticky_actions: float = 0.0  # probability that a game repeats the action before instead
+    minimal_actions: bool = True  # only the actions that do something in this game
+    time_limit: int = 1_000  # steps that truncate an episode
+    # PQN
+    num_envs: int = 128  # games side by side
+    num_steps: int = 32  # steps of each game per rollout
+    update_epochs: int = 2  # passes over a rollout
+    num_minibatches: int = 32  # updates per pass
+    learning_rate: float = 5e-4  # RAdam's step size
+    anneal_lr: bool = True  # lowers it linearly to 0 over the run
+    gamma: float = 0.99  # discount
+    q_lambda: float = 0.65  # lambda of the returns
+    epsilon: float = 0.05  # probability of a random action, once it has fallen from 1
+    exploration_fraction: float = 0.1  # share of the run over which it falls, linearly
+    max_grad_norm: float = 10.0  # the gradient is scaled down to this norm
+    # the mixture
+    moe: Literal["none", "soft", "topk", "wide", "tokens"] = "soft"  # the layer before the last: see the docstring
+    num_experts: int = 4  # n of soft and topk
+    widen: int = 4  # wide: times 128 units
+
+
+class Mixture(nn.Module):
+    """n experts, MLPs 16-128-16 with ReLU, on the tokens of a picture: soft, topk or tokens: see the docstring."""
+
+    def __init__(self, args: Args, tokens: int = 64, size: int = 16, hidden: int = 128):
+        super().__init__()
+        self.moe, self.usage, experts = args.moe, (), 1 if args.moe == "tokens" else args.num_experts
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(size, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, size, bias=False))
+            for _ in range(experts)
+        )
+        if self.moe != "tokens":
+            slots = tokens // experts if self.moe == "soft" else 1  # p
+            self.phi = nn.Parameter(torch.randn(size, experts * slots) / math.sqrt(size))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X (B, m, d) -> Y (B, m, d)."""
+        n = len(self.experts)
+        if self.moe == "tokens":
+            return self.experts[0](x)
+        logits = x @ self.phi  # (B, m, n p)
+        if self.moe == "soft":
+            slots = logits.softmax(1).transpose(1, 2) @ x  # (B, n p, d): means of the tokens
+            y = torch.cat([f(part) for f, part in zip(self.experts, slots.chunk(n, 1), strict=True)], 1)  # (B, n p, d)
+            combine = logits.softmax(2)  # (B, m, n p)
+            self.usage = combine.detach().mean((0, 1)).view(n, -1).sum(1)
+            return combine @ y
+        w, chosen = logits.softmax(2).max(2)  # (B, m)
+        rows = [chosen == i for i in range(n)]  # (B, m) each
+        self.usage, y = torch.stack(rows).float().mean((1, 2)), torch.zeros_like(x)
+        for f, mine in zip(self.experts, rows, strict=True):
+            y[mine] = w[mine][:, None] * f(x[mine])
+        return y
+
+
+class QNetwork(nn.Module):
+    """Q(s, .): 3x3 convolution to 16 channels, a wide layer or a mixture, A outputs; LayerNorm, then ReLU after each.
+
+    The first LayerNorm takes the 16 channels of one cell, not the whole picture.
+    """
+
+    def __init__(self, channels: int, num_actions: int, args: Args):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 16, 3)  # 10 x 10 -> 8 x 8 cells
+        self.cells = nn.Sequential(nn.LayerNorm(16), nn.ReLU())
+        if args.moe in ("none", "wide"):
+            units = 128 * (args.widen if args.moe == "wide" else 1)
+            self.middle = nn.Sequential(nn.Flatten(), nn.Linear(64 * 16, units), nn.LayerNorm(units), nn.ReLU())
+        else:
+            units = 64 * 16
+            self.middle = nn.Sequential(Mixture(args), nn.LayerNorm(16), nn.ReLU(), nn.Flatten())
+        self.head = nn.Linear(units, num_actions)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        """obs (B, 10, 10, C) bool -> Q (B, A)."""
+        x = self.conv(obs.permute(0, 3, 1, 2).float())  # (B, 16, 8, 8)
+        x = self.cells(x.flatten(2).transpose(1, 2))  # (B, 64, 16)
+        return self.head(self.middle(x))
+
+
+class Agent(nn.Module):
+    """Everything that learns: the Q-network and its RAdam."""
+
+    def __init__(self, channels: int, num_actions: int, args: Args):
+        super().__init__()
+        self.q_network = QNetwork(channels, num_actions, args)
+        self.to(args.device)
+        self.optimizers = [torch.optim.RAdam(self.parameters(), lr=args.learning_rate, foreach=True)]
+
+    @torch.no_grad()
+    def act(self, obs: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """obs (B, 10, 10, C) -> epsilon-greedy actions (B,), max_a Q (B,)."""
+        q = self.q_network(obs.to(self.q_network.head.weight.device)).cpu()
+        value, greedy = q.max(1)
+        random = torch.rand(len(q)) < epsilon
+        return torch.where(random, torch.randint(q.shape[1], greedy.shape), greedy), value
+
+
+def lambda_returns(reward, terminated, truncated, next_value, args: Args) -> torch.Tensor:
+    """Targets G (T, N) of one rollout from its rewards, the ends of its episodes and V_{t+1}, (T, N) each.
+
+    G_t = r_t + gamma (1 - terminated_t) [lambda G_{t+1} + (1 - lambda) V_{t+1}], V_{t+1} = max_a Q(s_{t+1}, a).
+    Where an episode is truncated, or the rollout ends, no G_{t+1} is known: V_{t+1} takes its place.
+    """
+    targets, target = [], next_value[-1]
+    for t in reversed(range(len(reward))):
+        target = torch.where(truncated[t], next_value[t], target)
+        target = reward[t] + args.gamma * ~terminated[t] * next_value[t].lerp(target, args.q_lambda)
+        targets.append(target)
+    return torch.stack(targets[::-1])
+
+
+def rollout(agent: Agent, games: "Games", epsilon: float, args: Args) -> tuple["Batch", list[tuple[float, int]]]:
+    """T epsilon-greedy steps of N games: T N rows with targets, and (return, length) of the episodes that ended."""
+    columns, cut, episodes = [], {}, []
+    for t in range(args.num_steps):
+        obs = torch.from_numpy(games.obs.copy())  # (N, 10, 10, C)
+        action, value = agent.act(obs, epsilon)
+        reward, terminated, truncated, ended = games.step(action.tolist())
+        columns.append((obs, action, value, reward, terminated, truncated))
+        for i, last_obs, episode in ended:
+            episodes.append(episode)
+            if truncated[i]:
+                cut[t, i] = last_obs
+    obs, action, value, reward, terminated, truncated = map(torch.stack, zip(*columns, strict=True))  # (T, N, ...)
+
+    # The weights have not changed: the value of the next state is what the next step acted by, but for truncations.
+    last_obs = torch.from_numpy(np.stack([*games.obs, *cut.values()]))
+    last_value, *cut_value = agent.act(last_obs, 0)[1].split([args.num_envs] + [1] * len(cut))
+    next_value = torch.cat([value[1:], last_value[None]])
+    for index, value in zip(cut, cut_value, strict=True):
+        next_value[index] = value
+    target = lambda_returns(reward, terminated, truncated, next_value, args)
+    return Batch(*(x.flatten(0, 1).to(args.device) for x in (obs, action, target))), episodes
+
+
+def update(agent: Agent, batch: "Batch", args: Args) -> dict[str, torch.Tensor]:
+    """One gradient step on a minibatch: minimise E[(Q(s, a) - G)^2] / 2. Returns detached scalars."""
+    q = agent.q_network(batch.obs).gather(1, batch.action[:, None]).squeeze(1)  # (B,)
+    loss = 0.5 * (q - batch.target).square().mean()
+    (optimizer,) = agent.optimizers
+    optimizer.zero_grad()
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+    usage = [share for m in agent.modules() if isinstance(m, Mixture) for share in m.usage]
+    return {
+        "losses/critic": loss.detach(),
+        "losses/gradient_norm": norm,
+        "policy/q": q.detach().mean(),
+        **{f"moe/usage_{k}": share for k, share in enumerate(usage)},
+    }
+
+
+def learn(agent: Agent, batch: "Batch", args: Args) -> dict[str, torch.Tensor]:
+    """Passes over a rollout in shuffled minibatches; returns the means of what update() returns."""
+    metrics = []
+    for _ in range(args.update_epochs):
+        for rows in torch.randperm(len(batch.obs)).to(args.device).chunk(args.num_minibatches):
+            metrics.append(update(agent, Batch(*(x[rows] for x in batch)), args))
+    return {key: torch.stack([m[key] for m in metrics]).mean() for key in metrics[0]}
+
+
+def train(args: Args, saved: dict | None = None):
+    """Roll out, learn; from the checkpoint `saved` on if there is one."""
+    torch.manual_seed(args.seed)
+    games = Games(args, args.num_envs)
+    agent = Agent(games.obs.shape[-1], len(games.actions), args)
+    run = Run(args, saved, agent=agent, games=games)  # all that a checkpoint holds
+    for step in run.steps():
+        progress = (step - run.size) / args.total_timesteps  # at the start of this rollout
+        epsilon = max(args.epsilon, 1 - (1 - args.epsilon) * progress / args.exploration_fraction)
+        learning_rate = args.learning_rate * (1 - progress if args.anneal_lr else 1)
+        agent.optimizers[0].param_groups[0]["lr"] = learning_rate
+        batch, episodes = rollout(agent, games, epsilon, args)
+        metrics = learn(agent, batch, args)
+
+        if episodes:
+            metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes, axis=0)
+        run.log(metrics | {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate})
+        if run.due(step, args.eval_every):
+            run.evaluate(measure(agent.q_network, batch.obs))
+        if run.due(step, args.checkpoint_every):
+            run.save()
+
+
+# ======================================================================================================================
+# That was the agent. The rest is the same in both PQN scripts: games, evaluation, files, flags and errors.
+# ======================================================================================================================
+Batch = namedtuple("Batch", "obs action target")  # (B, 10, 10, C) bool, (B,), (B,)
+
+
+class Games:
+    """N games of MinAtar side by side; obs (N, 10, 10, C) bool is what they show. Each episode has its own seed.
+
+    A checkpoint therefore needs no game's state: resume plays the running episodes' actions again.
+    """
+
+    def __init__(self, args: Args, number: int, evaluation: bool = False):
+        self.first_seed, self.half = args.seed * 100_003, 2**31 * evaluation  # evaluation: upper half of uint32
+        self.time_limit = args.time_limit
+        remedy = "games are asterix, breakout, freeway, seaquest and space_invaders, by pip install minatar"
+        with exit_on_error(f"--game {args.game}", remedy):
+            from minatar import Environment
+
+            self.games = [Environment(args.game, args.sticky_actions) for _ in range(number)]
+        for game in self.games:
+            game.seed(0)  # from now on both of its parts have one random state
+        self.actions = self.games[0].minimal_action_set() if args.minimal_actions else list(range(6))
+        self.obs = np.zeros((number, *self.games[0].state_shape()), bool)
+        self.episodes, self.played, self.returns = [0] * number, [[] for _ in range(number)], [0.0] * number
+        for i in range(number):
+            self.start(i, i)
+
+    def start(self, i: int, episode: int):
+        """Game i starts the episode with this number."""
+        game, self.episodes[i], self.played[i], self.returns[i] = self.games[i], episode, [], 0.0
+        game.random.seed(self.half + (self.first_seed + episode) % 2**31)
+        game.reset()
+        game.last_action = 0  # which reset() forgets
+        self.obs[i] = game.state()
+
+    def play(self, i: int, action: int) -> tuple[float, bool, bool]:
+        """Reward, terminated and truncated of one step of game i."""
+        reward, terminated = self.games[i].act(self.actions[action])
+        self.obs[i] = self.games[i].state()
+        self.played[i].append(action)
+        self.returns[i] += float(reward)
+        return float(reward), bool(terminated), len(self.played[i]) >= self.time_limit and not terminated
+
+    def step(self, actions: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list]:
+        """Actions (N,) -> reward, terminated, truncated (N,). A game that ends starts its next episode.
+
+        Last comes (game, last observation, (return, length)) of each episode that ended.
+        """
+        steps, ended = [self.play(i, action) for i, action in enumerate(actions)], []
+        for i, (_, terminated, truncated) in enumerate(steps):
+            if terminated or truncated:
+                ended.append((i, self.obs[i].copy(), (self.returns[i], len(self.played[i]))))
+                self.start(i, max(self.episodes) + 1)
+        reward, terminated, truncated = map(torch.tensor, zip(*steps, strict=True))
+        return reward, terminated, truncated, ended
+
+    def state_dict(self) -> dict:
+        return {"episodes": self.episodes, "played": self.played, "obs": torch.from_numpy(self.obs)}
+
+    def load_state_dict(self, state: dict):
+        for i, (episode, actions) in enumerate(zip(state["episodes"], state["played"], strict=True)):
+            self.start(i, episode)
+            for action in actions:
+                self.play(i, action)
+        if not np.array_equal(self.obs, state["obs"]):
+            with exit_on_error("--resume", "start anew"):
+                raise ValueError("a game does not repeat its own episode")
+
+
+def evaluate(agent: Agent, args: Args, step: int, policy: str, frames: list | None = None) -> dict:
+    """A row of eval.csv: raw returns of `args.eval_episodes` episodes, which have seeds of their own.
+
+    The random state is put back afterwards: training is the same with and without an evaluation.
+    """
+    games, live = Games(args, args.eval_episodes, evaluation=True), list(range(args.eval_episodes))
+    with torch.random.fork_rng([args.device] if args.device != "cpu" else []):
+        torch.manual_seed(args.seed)
+        while live:
+            if frames is not None:
+                frames.append(games.obs[0].copy())
+            actions = agent.act(torch.from_numpy(games.obs[live]), args.epsilon if policy == "stochastic" else 0)[0]
+            live = [i for i, action in zip(live, actions.tolist(), strict=True) if not any(games.play(i, action)[1:])]
+    lengths, successes = [len(played) for played in games.played], [math.nan]  # games know no success
+    mean, length, success = (round(float(np.mean(x)), 4) for x in (games.returns, lengths, successes))
+    row = {"global_step": step, "policy": policy, "episodes": args.eval_episodes, "return": mean}
+    return row | {"return_std": round(float(np.std(games.returns)), 4), "length": length, "success": success}
+
+
+@torch.no_grad()
+def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float]:
+    """Two columns of eval.csv: how much of the network is in use on the states obs (B, 10, 10, C).
+
+    dormant  share of hidden units with E|h_j| <= 0.025 mean_k E|h_k|, k in the same layer (Sokar et al. 2023); where a
+             layer treats 64 cells alike, a cell is a sample; an expert is a layer
+    rank     effective rank of what the last layer sees: the least number of singular values, largest first, that sum to
+             0.99 of all (Kumar et al. 2021)
+    """
+    sizes, features = [], []
+    hooks = [
+        module.register_forward_hook(lambda _, __, h: sizes.append(h.abs().flatten(0, -2).sum(0)))
+        for module in network.modules()
+        if isinstance(module, nn.ReLU)
+    ]
+    hooks.append(network.head.register_forward_pre_hook(lambda _, x: features.append(x[0])))
+    network(obs)
+    for hook in hooks:
+        hook.remove()
+    dormant = torch.cat([size <= 0.025 * size.mean() for size in sizes]).float().mean().item()
+    shares = torch.linalg.svdvals(features[0]).double().cumsum(0)
+    return {"dormant": round(dormant, 4), "rank": int((shares < 0.99 * shares[-1]).sum()) + int(shares[-1] > 0)}
+
+
+class Run:
+    """A training and its folder. A checkpoint is `info`, which run.json has as well, and the state of all parts."""
+
+    policies = ("deterministic", "stochastic")  # what is evaluated
+
+    def __init__(self, args: Args, saved: dict | None, agent: Agent, **parts):
+        self.args, self.agent, self.step, self.eval_rows = args, agent, 0, []
+        self.size = args.num_envs * args.num_steps  # steps of a rollout
+        self.parts = {"agent": agent} | parts | {f"optimizer_{i}": x for i, x in enumerate(agent.optimizers)}
+        self.info = describe(args) | {"parameters": sum(x.numel() for x in agent.parameters())}
+        self.info |= {"wall_time": 0.0, "resumed": []}
+        self.folder, self.rngs = Path(args.run_dir), [torch.default_generator]
+        if args.device != "cpu":
+            self.rngs.append(torch.cuda.default_generators[torch.device(args.device).index or 0])
+        if saved:
+            self.step = saved["global_step"]  # of the evaluations a run that was made longer keeps what it has as well
+            self.eval_rows = [row for row in saved["eval_rows"] if self.due(row["global_step"], args.eval_every)]
+            now, self.info = {"global_step": self.step} | self.info, {key: saved[key] for key in self.info}
+            self.info["resumed"].append(now)
+            for name, part in self.parts.items():
+                part.load_state_dict(saved[name])
+            for rng, state in zip(self.rngs, saved["rng"], strict=True):
+                rng.set_state(state)
+        with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that can be written"):
+            if not saved and (self.folder / "checkpoint.pt").exists():
+                raise ValueError("holds a run; go on with it by --resume")
+            self.folder.mkdir(parents=True, exist_ok=True)
+        self.started = time.perf_counter() - self.info["wall_time"]
+        self.first = self.step, time.perf_counter()  # of this process, for steps per second
+        self.save()
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+        OPEN.callback(self.writer.close)
+        print(f"{SCRIPT}.py: {self.info['parameters']:,} parameters; run folder {self.folder}", flush=True)
+        self.bar = tqdm(initial=self.step, total=args.total_timesteps, disable=None, unit="step")
+
+    def steps(self):
+        """The ends of the rollouts that are left. Ctrl-C and SIGTERM end them after a whole one, with a checkpoint."""
+        signals = []
+        if __name__ == "__main__":  # in a notebook Ctrl-C is not ours
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, _: signals.append(number))
+        while self.step < self.args.total_timesteps and not signals:
+            self.step += self.size
+            yield self.step
+            self.bar.update(self.size)
+        self.bar.close()
+        if signals:
+            self.save()
+            name = signal.Signals(signals[0]).name
+            text = f"{SCRIPT}.py: step {self.step}: {name}, checkpoint written; continue with --resume {self.folder}"
+            print(text, file=sys.stderr)
+            raise SystemExit(128 + signals[0])
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether the rollout that ends at `step` has passed a multiple of `every`, or is the last."""
+        return step // every > (step - self.size) // every or step >= self.args.total_timesteps
+
+    def speed(self) -> float:
+        """Environment steps per second of this process."""
+        return (self.step - self.first[0]) / (time.perf_counter() - self.first[1])
+
+    def log(self, metrics: dict):
+        """Writes curves for TensorBoard."""
+        for key, value in metrics.items():
+            self.writer.add_scalar(key, value, self.step)
+        if "charts/episodic_return" in metrics:
+            self.bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}", refresh=False)
+
+    def evaluate(self, measured: dict[str, float]):
+        """Adds rows to eval.csv."""
+        rows = [evaluate(self.agent, self.args, self.step, policy) | measured for policy in self.policies]
+        for row in rows:
+            suffix = "" if row["policy"] == "deterministic" else f"_{row['policy']}"
+            self.log({f"eval/return{suffix}": row["return"]})
+            text = f"return {row['return']:.2f}, {self.speed():.0f} steps/s"
+            self.bar.write(f"step {self.step}/{self.args.total_timesteps}: {row['policy']} {text}")
+        self.log({f"eval/{key}": value for key, value in measured.items()} | {"charts/SPS": self.speed()})
+        sys.stdout.flush()  # it may be a file
+        self.eval_rows += rows
+        table = [rows[0], *(row.values() for row in self.eval_rows)]  # no time: equal runs, equal files
+        write(self.folder / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in table).encode())
+
+    def save(self):
+        """Writes checkpoint.pt, model.pt, run.json and, at the end, policy.pt, unless the training has diverged."""
+        wall_time = time.perf_counter() - self.started
+        self.info |= {"args": dataclasses.asdict(self.args), "global_step": self.step}
+        self.info |= {"wall_time": wall_time, "steps_per_second": self.step / wall_time}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not all(x.isfinite().all() for x in state["agent"].values()):
+            raise FloatingPointError("a weight is not finite, the training has diverged")
+        state |= {"eval_rows": self.eval_rows, "rng": [rng.get_state() for rng in self.rngs]}
+        write(self.folder / "checkpoint.pt", self.info | state)
+        for name in ("model.pt", "policy.pt")[: 1 + (self.step >= self.args.total_timesteps)]:  # Q is the policy
+            write(self.folder / name, self.info | {"agent": state["agent"]})
+        write(self.folder / "run.json", json.dumps(self.info, indent=1).encode())
+
+
+def describe(args: Args) -> dict:
+    """What one must know to repeat the run: for run.json."""
+    file = shlex.quote(Path(__file__).name)  # one that git does not track has no commit
+    git = f"git ls-files --error-unmatch {file} >/dev/null && git describe --always --dirty --abbrev=40 --exclude '*'"
+    error, commit = subprocess.getstatusoutput(f"cd {shlex.quote(str(Path(__file__).parent))} && {git}")
+    versions = {"python": platform.python_version()}
+    versions |= {name: importlib.metadata.version(name) for name in ("minatar", "numpy", "torch")}
+    chip = torch.backends.cpu.get_cpu_capability() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    return {
+        "script": SCRIPT,
+        "command": shlex.join(["python", *sys.argv]),
+        "args": dataclasses.asdict(args),
+        "commit": None if error else commit.removesuffix("-dirty"),
+        "dirty": None if error else commit.endswith("-dirty"),
+        "versions": versions,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
+    }
+
+
+def write(path: Path, data: bytes | dict):
+    """Writes a file whole or not at all, a dict by torch.save."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(data, file) if isinstance(data, dict) else file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from error
+
+
+SCRIPT, OPEN = Path(__file__).stem, contextlib.ExitStack()  # what main() closes
+LIMITS = {name: (0, 1) for name in ("sticky_actions", "gamma", "q_lambda", "epsilon")}  # others: positive
+LIMITS |= {"seed": (0, 2**31 - 1), "num_experts": (1, 64)}
+OLDER = {}  # flags that older files lack, and the values at which a script does what it did then
+
+
+@contextlib.contextmanager
+def exit_on_error(what: str, remedy: str, code: int = 2, errors=Exception):
+    """Tells whatever fails inside in one line, and ends the script."""
+    try:
+        yield
+    except errors as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        tqdm.write(f"{SCRIPT}.py: {what}: {reason}; {remedy}", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
+    """Arguments and, where a run is resumed or evaluated, what it saved. Exits where a flag cannot work."""
+    args, saved = tyro.cli(Args, args=argv, description=__doc__), None
+    option, file, free = "resume", "checkpoint.pt", {"resume", "total_timesteps"}
+    if args.evaluate is not None:
+        option, file, free = "evaluate", "model.pt", {"evaluate", "video", "eval_episodes", "device", "num_threads"}
+    given = getattr(args, option)
+    if given is not None:
+        path = Path(given) if option == "evaluate" and Path(given).is_file() else Path(given) / file
+        with exit_on_error(f"--{option} {given}", f"give the folder of a run of this script; it has {file}"):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved["script"] != SCRIPT:
+                raise ValueError(f"was made by {saved['script']}.py, use that script")
+            saved["args"] = {k: v for k, v in OLDER.items() if k in vars(args)} | saved["args"]
+            if saved["args"].keys() != vars(args).keys():
+                raise ValueError(f"the script was another then, at commit {saved['commit']}")
+        args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))  # flags that are not given are the run's
+    limits = LIMITS | ({"total_timesteps": (saved["args"]["total_timesteps"], 1e12)} if saved else {})
+    for name, value in vars(args).items():
+        with exit_on_error(f"--{name.replace('_', '-')} {value}", "see --help"):
+            if saved and name not in free and value != saved["args"][name]:
+                raise ValueError(f"cannot change, the run has {saved['args'][name]}")
+            low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"must lie between {low:g} and {high:g}")
+            if name == "video" and value and args.evaluate is None:
+                raise ValueError("goes with --evaluate")
+    with exit_on_error(f"--device {args.device}", "--device cpu always works"):
+        torch.zeros(1, device=args.device).item()
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        with exit_on_error("torchrun", "start it with python"):
+            raise ValueError("this script is one process")
+    steps, parts = args.num_envs * args.num_steps, args.num_minibatches
+    with exit_on_error(f"--num-minibatches {parts}", "change it, --num-envs or --num-steps"):
+        if steps % parts:
+            raise ValueError(f"needs {parts} equal parts of a rollout of {steps} steps")
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
+    return args, saved
+
+
+def evaluate_run(args: Args, saved: dict):
+    """Prints the evaluation of a saved policy as JSON and writes it, and with --video a GIF, beside the policy."""
+    games, path = Games(args, 1), Path(args.evaluate)
+    agent = Agent(games.obs.shape[-1], len(games.actions), args)
+    agent.load_state_dict(saved["agent"])
+    rows = [evaluate(agent, args, saved["global_step"], policy) for policy in Run.policies]
+    text = json.dumps({row["policy"]: row for row in rows}, indent=1).replace("NaN", "null")
+    print(text)
+    write(path / "evaluation.json" if path.is_dir() else path.with_suffix(".json"), text.encode())
+    if args.video:
+        with exit_on_error("--video", "leave it out"):
+            from PIL import Image  # comes with tensorboard
+
+            frames, gif = [], path / "video.gif" if path.is_dir() else path.with_suffix(".gif")
+            evaluate(agent, dataclasses.replace(args, eval_episodes=1), 0, "deterministic", frames)
+            grey = np.linspace(80, 255, frames[0].shape[-1])  # the higher the channel, the brighter
+            frames = [np.kron((frame * grey).max(-1), np.ones((16, 16))).astype(np.uint8) for frame in frames]
+            first, *others = map(Image.fromarray, frames)
+            first.save(gif, save_all=True, append_images=others, duration=40, loop=0)
+        print(f"one episode, policy deterministic: {gif}")
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Trains, resumes or evaluates as the flags say, those of the command line by default; returns the run's folder."""
+    args, saved = parse(argv)
+    default = f"runs/MinAtar-{args.game}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = args.evaluate or args.resume or args.run_dir or default
+    with exit_on_error("stopped", f"--resume {folder}", 1, (OSError, FloatingPointError)), OPEN:
+        if args.evaluate is not None:
+            evaluate_run(args, saved)
+        else:
+            train(dataclasses.replace(args, run_dir=folder, resume=None), saved)
+            print(f"{SCRIPT}.py: finished; run folder {folder}")
+    return Path(folder)
+
+
+if __name__ == "__main__":
+    main()
