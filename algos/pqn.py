@@ -16,8 +16,7 @@ Target  G_t = r_t + gamma (1 - terminated_t) [lambda G_{t+1} + (1 - lambda) max_
 
 Run       python algos/pqn.py                                 # Asterix
           python algos/pqn.py --game breakout --sticky-actions 0.1 --no-minimal-actions
-Resume    python algos/pqn.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash: the same bits
-Evaluate  python algos/pqn.py --evaluate runs/NAME --video    # greedy and epsilon-greedy return, a GIF
+Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
 MinAtar (Young and Tian 2019, arXiv 1903.03176) is under GPL-3.0. Its own rules repeat an action with probability 0.1,
 offer all six actions in every game and set no time limit. The default is what gymnax makes of them, because PQN's
@@ -38,6 +37,7 @@ Letters in the shape comments: T steps, N games, B batch, C channels of a game's
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import math
@@ -48,6 +48,8 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
+import zipfile
 from collections import namedtuple
 from pathlib import Path
 from typing import Literal
@@ -73,7 +75,7 @@ class Args:
     eval_episodes: int = 20  # episodes of each policy per evaluation
     checkpoint_every: int = 200_000  # steps between checkpoints, each at the end of a rollout
     device: str = "cpu"  # cpu, cuda or cuda:N
-    num_threads: int = 1  # CPU threads of PyTorch
+    num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 2)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
     # MinAtar's rules
     sticky_actions: float = 0.0  # probability that a game repeats the action before instead
@@ -93,7 +95,7 @@ class Args:
     max_grad_norm: float = 10.0  # the gradient is scaled down to this norm
 
 
-class QNetwork(nn.Module):
+class Network(nn.Module):
     """Q(s, .): 3x3 convolution to 16 channels, 128 units, A outputs; hidden layers are LayerNorm, then ReLU.
 
     The first LayerNorm takes the 16 channels of one cell, not the whole picture.
@@ -118,14 +120,14 @@ class Agent(nn.Module):
 
     def __init__(self, channels: int, num_actions: int, args: Args):
         super().__init__()
-        self.q_network = QNetwork(channels, num_actions, args)
+        self.network = Network(channels, num_actions, args)
         self.to(args.device)
         self.optimizers = [torch.optim.RAdam(self.parameters(), lr=args.learning_rate, foreach=True)]
 
     @torch.no_grad()
     def act(self, obs: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (B, 10, 10, C) -> epsilon-greedy actions (B,), max_a Q (B,)."""
-        q = self.q_network(obs.to(self.q_network.head.weight.device)).cpu()
+        q = self.network(obs.to(self.network.head.weight.device)).cpu()
         value, greedy = q.max(1)
         random = torch.rand(len(q)) < epsilon
         return torch.where(random, torch.randint(q.shape[1], greedy.shape), greedy), value
@@ -171,7 +173,7 @@ def rollout(agent: Agent, games: "Games", epsilon: float, args: Args) -> tuple["
 
 def update(agent: Agent, batch: "Batch", args: Args) -> dict[str, torch.Tensor]:
     """One gradient step on a minibatch: minimise E[(Q(s, a) - G)^2] / 2. Returns detached scalars."""
-    q = agent.q_network(batch.obs).gather(1, batch.action[:, None]).squeeze(1)  # (B,)
+    q = agent.network(batch.obs).gather(1, batch.action[:, None]).squeeze(1)  # (B,)
     loss = 0.5 * (q - batch.target).square().mean()
     (optimizer,) = agent.optimizers
     optimizer.zero_grad()
@@ -208,7 +210,7 @@ def train(args: Args, saved: dict | None = None):
             metrics["charts/episodic_return"], metrics["charts/episodic_length"] = np.mean(episodes, axis=0)
         run.log(metrics | {"charts/epsilon": epsilon, "charts/learning_rate": learning_rate})
         if run.due(step, args.eval_every):
-            run.evaluate(measure(agent.q_network, batch.obs))
+            run.evaluate(measure(agent.network, batch.obs))
         if run.due(step, args.checkpoint_every):
             run.save()
 
@@ -279,27 +281,27 @@ class Games:
             for action in actions:
                 self.play(i, action)
         if not np.array_equal(self.obs, state["obs"]):
-            with exit_on_error("--resume", "start anew"):
-                raise ValueError("a game does not repeat its own episode")
+            raise ValueError("a game does not repeat its own episode, start anew")
 
 
-def evaluate(agent: Agent, args: Args, step: int, policy: str, frames: list | None = None) -> dict:
-    """A row of eval.csv: raw returns of `args.eval_episodes` episodes, which have seeds of their own.
+def evaluate(agent: Agent, args: Args, step: int, policy: str, watch=lambda games: None) -> dict:
+    """A row of eval.csv: raw returns of `args.eval_episodes` episodes with seeds of their own; watch() sees each step.
 
-    The random state is put back afterwards: training is the same with and without an evaluation.
+    It puts the random state back: training is the same with and without an evaluation. A signal cuts it short.
     """
     games, live = Games(args, args.eval_episodes, evaluation=True), list(range(args.eval_episodes))
     with torch.random.fork_rng([args.device] if args.device != "cpu" else []):
         torch.manual_seed(args.seed)
-        while live:
-            if frames is not None:
-                frames.append(games.obs[0].copy())
+        while live and not SIGNALS:
+            watch(games)
             actions = agent.act(torch.from_numpy(games.obs[live]), args.epsilon if policy == "stochastic" else 0)[0]
             live = [i for i, action in zip(live, actions.tolist(), strict=True) if not any(games.play(i, action)[1:])]
-    lengths, successes = [len(played) for played in games.played], [math.nan]  # games know no success
-    mean, length, success = (round(float(np.mean(x)), 4) for x in (games.returns, lengths, successes))
-    row = {"global_step": step, "policy": policy, "episodes": args.eval_episodes, "return": mean}
-    return row | {"return_std": round(float(np.std(games.returns)), 4), "length": length, "success": success}
+    if SIGNALS:
+        return {}
+    results = np.array([games.returns, [len(played) for played in games.played]])
+    (mean, length), (std, _) = (f(results, axis=1).round(4).tolist() for f in (np.mean, np.std))
+    row = {"global_step": step, "policy": policy, "episodes": args.eval_episodes, "return": mean, "return_std": std}
+    return row | {"length": length, "success": math.nan}  # games know no success
 
 
 @torch.no_grad()
@@ -322,6 +324,8 @@ def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float]:
     for hook in hooks:
         hook.remove()
     dormant = torch.cat([size <= 0.025 * size.mean() for size in sizes]).float().mean().item()
+    if not features[0].isfinite().all():
+        raise FloatingPointError("a feature is not finite, the training has diverged")
     shares = torch.linalg.svdvals(features[0]).double().cumsum(0)
     return {"dormant": round(dormant, 4), "rank": int((shares < 0.99 * shares[-1]).sum()) + int(shares[-1] > 0)}
 
@@ -332,8 +336,8 @@ class Run:
     policies = ("deterministic", "stochastic")  # what is evaluated
 
     def __init__(self, args: Args, saved: dict | None, agent: Agent, **parts):
-        self.args, self.agent, self.step, self.eval_rows = args, agent, 0, []
-        self.size = args.num_envs * args.num_steps  # steps of a rollout
+        self.args, self.agent, self.size = args, agent, args.num_envs * args.num_steps  # steps of a rollout
+        self.step, self.eval_rows, self.owed = 0, [], {}  # owed: measured for an evaluation that a signal cut short
         self.parts = {"agent": agent} | parts | {f"optimizer_{i}": x for i, x in enumerate(agent.optimizers)}
         self.info = describe(args) | {"parameters": sum(x.numel() for x in agent.parameters())}
         self.info |= {"wall_time": 0.0, "resumed": []}
@@ -341,20 +345,24 @@ class Run:
         if args.device != "cpu":
             self.rngs.append(torch.cuda.default_generators[torch.device(args.device).index or 0])
         if saved:
-            self.step = saved["global_step"]  # of the evaluations a run that was made longer keeps what it has as well
-            self.eval_rows = [row for row in saved["eval_rows"] if self.due(row["global_step"], args.eval_every)]
-            now, self.info = {"global_step": self.step} | self.info, {key: saved[key] for key in self.info}
-            self.info["resumed"].append(now)
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-            for rng, state in zip(self.rngs, saved["rng"], strict=True):
-                rng.set_state(state)
-        with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that can be written"):
+            with exit_on_error(f"--resume {self.folder}", "checkpoint.pt is damaged or of another run"):
+                for name, part in self.parts.items():
+                    part.load_state_dict(saved[name])
+                for rng, state in zip(self.rngs, saved["rng"], strict=True):
+                    rng.set_state(state)
+                self.step, self.owed = saved["global_step"], saved["owed"]
+                now, self.info = {"global_step": self.step} | self.info, {key: saved[key] for key in self.info}
+                self.info["resumed"].append(now)  # of its evaluations a longer run keeps those that it has as well:
+                self.eval_rows = [row for row in saved["eval_rows"] if self.due(row["global_step"], args.eval_every)]
+        with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that no other process uses"):
+            str(self.folder).encode()
             if not saved and (self.folder / "checkpoint.pt").exists():
                 raise ValueError("holds a run; go on with it by --resume")
             self.folder.mkdir(parents=True, exist_ok=True)
-        self.started = time.perf_counter() - self.info["wall_time"]
+            OPEN.callback(os.close, folder := os.open(self.folder, os.O_RDONLY))
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another process is at work there
         self.first = self.step, time.perf_counter()  # of this process, for steps per second
+        self.started = self.first[1] - self.info["wall_time"]
         self.save()
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
         OPEN.callback(self.writer.close)
@@ -363,46 +371,44 @@ class Run:
 
     def steps(self):
         """The ends of the rollouts that are left. Ctrl-C and SIGTERM end them after a whole one, with a checkpoint."""
-        signals = []
-        if __name__ == "__main__":  # in a notebook Ctrl-C is not ours
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda number, _: signals.append(number))
-        while self.step < self.args.total_timesteps and not signals:
+        if self.owed:
+            self.evaluate(self.owed)
+            self.save()
+        while self.step < self.args.total_timesteps and not SIGNALS:
             self.step += self.size
             yield self.step
             self.bar.update(self.size)
         self.bar.close()
-        if signals:
+        if SIGNALS:
             self.save()
-            name = signal.Signals(signals[0]).name
-            text = f"{SCRIPT}.py: step {self.step}: {name}, checkpoint written; continue with --resume {self.folder}"
-            print(text, file=sys.stderr)
-            raise SystemExit(128 + signals[0])
+            name = signal.Signals(SIGNALS[0]).name
+            print(f"{SCRIPT}.py: {name}, step {self.step} is saved; --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + SIGNALS[0])
 
     def due(self, step: int, every: int) -> bool:
         """Whether the rollout that ends at `step` has passed a multiple of `every`, or is the last."""
         return step // every > (step - self.size) // every or step >= self.args.total_timesteps
 
-    def speed(self) -> float:
-        """Environment steps per second of this process."""
-        return (self.step - self.first[0]) / (time.perf_counter() - self.first[1])
-
-    def log(self, metrics: dict):
-        """Writes curves for TensorBoard."""
-        for key, value in metrics.items():
+    def log(self, metrics: dict) -> float:
+        """Writes curves for TensorBoard. Returns the environment steps per second of this process."""
+        speed = (self.step - self.first[0]) / (time.perf_counter() - self.first[1])
+        for key, value in (metrics | {"charts/SPS": speed}).items():
             self.writer.add_scalar(key, value, self.step)
         if "charts/episodic_return" in metrics:
             self.bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}", refresh=False)
+        return speed
 
     def evaluate(self, measured: dict[str, float]):
-        """Adds rows to eval.csv."""
+        """Adds rows to eval.csv, with what measure() found."""
         rows = [evaluate(self.agent, self.args, self.step, policy) | measured for policy in self.policies]
+        self.owed = measured if SIGNALS else {}
+        if self.owed:
+            return
         for row in rows:
             suffix = "" if row["policy"] == "deterministic" else f"_{row['policy']}"
-            self.log({f"eval/return{suffix}": row["return"]})
-            text = f"return {row['return']:.2f}, {self.speed():.0f} steps/s"
+            speed = self.log({f"eval/return{suffix}": row["return"]} | {f"eval/{k}": v for k, v in measured.items()})
+            text = f"return {row['return']:.2f}, {speed:.0f} steps/s"
             self.bar.write(f"step {self.step}/{self.args.total_timesteps}: {row['policy']} {text}")
-        self.log({f"eval/{key}": value for key, value in measured.items()} | {"charts/SPS": self.speed()})
         sys.stdout.flush()  # it may be a file
         self.eval_rows += rows
         table = [rows[0], *(row.values() for row in self.eval_rows)]  # no time: equal runs, equal files
@@ -416,7 +422,7 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(x.isfinite().all() for x in state["agent"].values()):
             raise FloatingPointError("a weight is not finite, the training has diverged")
-        state |= {"eval_rows": self.eval_rows, "rng": [rng.get_state() for rng in self.rngs]}
+        state |= {"owed": self.owed, "eval_rows": self.eval_rows, "rng": [rng.get_state() for rng in self.rngs]}
         write(self.folder / "checkpoint.pt", self.info | state)
         for name in ("model.pt", "policy.pt")[: 1 + (self.step >= self.args.total_timesteps)]:  # Q is the policy
             write(self.folder / name, self.info | {"agent": state["agent"]})
@@ -456,9 +462,11 @@ def write(path: Path, data: bytes | dict):
         raise OSError(f"cannot write {path}: {error}") from error
 
 
-SCRIPT, OPEN = Path(__file__).stem, contextlib.ExitStack()  # what main() closes
+SCRIPT, SIGNALS, OPEN = Path(__file__).stem, [], contextlib.ExitStack()  # Ctrl-C or SIGTERM; what main() closes
 LIMITS = {name: (0, 1) for name in ("sticky_actions", "gamma", "q_lambda", "epsilon")}  # others: positive
-LIMITS |= {"seed": (0, 2**31 - 1), "num_experts": (1, 64)}
+LIMITS |= {name: (1, 10_000) for name in ("num_envs", "num_steps", "eval_episodes")}  # memory
+LIMITS |= {"seed": (0, 2**31 - 1), "num_experts": (1, 64), "widen": (1, 256)}
+LIMITS["num_threads"] = (1, 4 * (os.cpu_count() or 1))
 OLDER = {}  # flags that older files lack, and the values at which a script does what it did then
 
 
@@ -468,14 +476,16 @@ def exit_on_error(what: str, remedy: str, code: int = 2, errors=Exception):
     try:
         yield
     except errors as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason, frame = str(error).strip().split("\n")[0], traceback.extract_tb(error.__traceback__)[-1]
+        if frame.filename != __file__ or not isinstance(error, (ValueError, FloatingPointError, OSError)):
+            reason = f"{type(error).__name__} {reason} ({frame.filename}:{frame.lineno})"
         tqdm.write(f"{SCRIPT}.py: {what}: {reason}; {remedy}", file=sys.stderr)
         raise SystemExit(code) from None
 
 
 def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
     """Arguments and, where a run is resumed or evaluated, what it saved. Exits where a flag cannot work."""
-    args, saved = tyro.cli(Args, args=argv, description=__doc__), None
+    args, saved, limits = tyro.cli(Args, args=argv, description=__doc__), None, LIMITS
     option, file, free = "resume", "checkpoint.pt", {"resume", "total_timesteps"}
     if args.evaluate is not None:
         option, file, free = "evaluate", "model.pt", {"evaluate", "video", "eval_episodes", "device", "num_threads"}
@@ -483,14 +493,19 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
     if given is not None:
         path = Path(given) if option == "evaluate" and Path(given).is_file() else Path(given) / file
         with exit_on_error(f"--{option} {given}", f"give the folder of a run of this script; it has {file}"):
+            if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                raise ValueError("the file is damaged")
             saved = torch.load(path, map_location="cpu", weights_only=True)
             if saved["script"] != SCRIPT:
                 raise ValueError(f"was made by {saved['script']}.py, use that script")
             saved["args"] = {k: v for k, v in OLDER.items() if k in vars(args)} | saved["args"]
             if saved["args"].keys() != vars(args).keys():
                 raise ValueError(f"the script was another then, at commit {saved['commit']}")
-        args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))  # flags that are not given are the run's
-    limits = LIMITS | ({"total_timesteps": (saved["args"]["total_timesteps"], 1e12)} if saved else {})
+            limits = LIMITS | {"total_timesteps": (int(saved["args"]["total_timesteps"]), 1e12)}
+            args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))  # flags that are not given are the run's
+    if args.num_threads is None:
+        threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+        args.num_threads = int(threads) if threads.isdecimal() else 2
     for name, value in vars(args).items():
         with exit_on_error(f"--{name.replace('_', '-')} {value}", "see --help"):
             if saved and name not in free and value != saved["args"][name]:
@@ -502,8 +517,8 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
                 raise ValueError("goes with --evaluate")
     with exit_on_error(f"--device {args.device}", "--device cpu always works"):
         torch.zeros(1, device=args.device).item()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        with exit_on_error("torchrun", "start it with python"):
+    with exit_on_error("torchrun", "start it with python"):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("this script is one process")
     steps, parts = args.num_envs * args.num_steps, args.num_minibatches
     with exit_on_error(f"--num-minibatches {parts}", "change it, --num-envs or --num-steps"):
@@ -511,7 +526,7 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
             raise ValueError(f"needs {parts} equal parts of a rollout of {steps} steps")
     torch.set_num_threads(args.num_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
+    torch.set_flush_denormal(True)  # numbers below 1e-38, such as RAdam's moments of silent units, are slow on CPUs
     return args, saved
 
 
@@ -519,30 +534,41 @@ def evaluate_run(args: Args, saved: dict):
     """Prints the evaluation of a saved policy as JSON and writes it, and with --video a GIF, beside the policy."""
     games, path = Games(args, 1), Path(args.evaluate)
     agent = Agent(games.obs.shape[-1], len(games.actions), args)
-    agent.load_state_dict(saved["agent"])
+    with exit_on_error(f"--evaluate {path}", "the file is damaged or of another run"):
+        agent.load_state_dict(saved["agent"])
     rows = [evaluate(agent, args, saved["global_step"], policy) for policy in Run.policies]
+    if SIGNALS:
+        raise SystemExit(128 + SIGNALS[0])
     text = json.dumps({row["policy"]: row for row in rows}, indent=1).replace("NaN", "null")
     print(text)
     write(path / "evaluation.json" if path.is_dir() else path.with_suffix(".json"), text.encode())
     if args.video:
-        with exit_on_error("--video", "leave it out"):
+        gif = path / "video.gif" if path.is_dir() else path.with_suffix(".gif")
+        with exit_on_error("--video", "pip install pillow"):
             from PIL import Image  # comes with tensorboard
 
-            frames, gif = [], path / "video.gif" if path.is_dir() else path.with_suffix(".gif")
-            evaluate(agent, dataclasses.replace(args, eval_episodes=1), 0, "deterministic", frames)
-            grey = np.linspace(80, 255, frames[0].shape[-1])  # the higher the channel, the brighter
-            frames = [np.kron((frame * grey).max(-1), np.ones((16, 16))).astype(np.uint8) for frame in frames]
-            first, *others = map(Image.fromarray, frames)
-            first.save(gif, save_all=True, append_images=others, duration=40, loop=0)
+            frames, grey = [], np.linspace(80, 255, games.obs.shape[-1])  # the higher the channel, the brighter
+
+            def watch(games: Games):
+                if len(frames) < 1000:
+                    picture = (games.obs[0] * grey).max(-1).astype(np.uint8)  # (10, 10)
+                    frames.append(Image.fromarray(picture.repeat(16, 0).repeat(16, 1)))
+
+            evaluate(agent, dataclasses.replace(args, eval_episodes=1), 0, "deterministic", watch)
+            frames[0].save(gif, save_all=True, append_images=frames[1:], duration=40, loop=0)
         print(f"one episode, policy deterministic: {gif}")
 
 
 def main(argv: list[str] | None = None) -> Path:
     """Trains, resumes or evaluates as the flags say, those of the command line by default; returns the run's folder."""
+    SIGNALS.clear()
+    if __name__ == "__main__":  # a signal ends the run after its rollout, a second one at once; in a notebook not ours
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda n, _: (SIGNALS.append(n), signal.signal(n, signal.SIG_DFL)))
     args, saved = parse(argv)
     default = f"runs/MinAtar-{args.game}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = args.evaluate or args.resume or args.run_dir or default
-    with exit_on_error("stopped", f"--resume {folder}", 1, (OSError, FloatingPointError)), OPEN:
+    with exit_on_error("stopped", f"--resume {folder} goes on", 1, (OSError, FloatingPointError)), OPEN:
         if args.evaluate is not None:
             evaluate_run(args, saved)
         else:
@@ -552,4 +578,5 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may have letters that the terminal lacks
     main()
