@@ -218,6 +218,29 @@ SUITES |= {
     ],
 }
 
+# PQN on one MinAtar game; pqn_moe without a mixture is pqn to the bit. MinAtar's own rules are in the last suite.
+PQN_ARMS = {
+    "pqn": "pqn",
+    **{f"pqn_moe-wide{k}": f"pqn_moe --moe wide --widen {k}" for k in (4, 8)},
+    **{f"pqn_moe-soft{n}": f"pqn_moe --moe soft --num-experts {n}" for n in (1, 4, 8)},
+    "pqn_moe-tokens": "pqn_moe --moe tokens",
+    "pqn_moe-topk4": "pqn_moe --moe topk --num-experts 4",
+}
+OWN_RULES = "--sticky-actions 0.1 --no-minimal-actions --time-limit 10000"
+
+
+def minatar_pqn(game: str, runs: dict[str, str], folder: str = "", flags: str = "") -> Suite:
+    return Suite(f"MinAtar-PQN-{game}{folder}", f"--game {game} {flags} --num-threads 1", range(1, 4), runs)
+
+
+SUITES |= {
+    "pqn-check": minatar_pqn("asterix", {"pqn": "pqn"}),
+    "minatar-pqn": [minatar_pqn(game, PQN_ARMS) for game in ("space_invaders", "breakout", "asterix")],
+    "minatar-pqn-own-rules": [
+        minatar_pqn(game, {"pqn": "pqn"}, "-own-rules", OWN_RULES) for game in ("space_invaders", "breakout", "asterix")
+    ],
+}
+
 
 def decide(run_dir: Path) -> str:
     """ "skip" a finished run, "resume" an unfinished one that left a checkpoint, "start" everything else."""

@@ -514,9 +514,12 @@ def test_a_finished_run_can_be_made_longer(pqn, tmp_path):
     assert (whole / "eval.csv").read_bytes() == (tmp_path / "run" / "eval.csv").read_bytes()
 
 
-def test_divergence_is_one_line_and_keeps_the_checkpoint(script, tmp_path, capsys):
+@pytest.mark.parametrize("checkpoint_every", [32, 10**6])
+def test_divergence_is_one_line_and_keeps_the_checkpoint(script, checkpoint_every, tmp_path, capsys):
+    """Seen by the checkpoint, or by the evaluation before it."""
+    changes = dict(learning_rate=1e12, max_grad_norm=1e12, checkpoint_every=checkpoint_every)
     with pytest.raises(SystemExit) as stop:
-        train(script, tmp_path / "run", learning_rate=1e12, max_grad_norm=1e12)
+        train(script, tmp_path / "run", **changes)
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1 and "diverged" in error
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
