@@ -47,7 +47,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from policy import gaussians, load
+from policy import gaussians, load, visited
 from torch.nn.functional import one_hot, softplus
 
 FOLDER = Path(__file__).resolve().parent
@@ -93,19 +93,9 @@ def bandits(kind: str, count: int = STATES, seed: int = 0) -> Problem:
 
 def trained(path: Path) -> Problem:
     """States that the policy of a file visits, with its critic."""
-    script, args, env, agent = load(path, parts=("actor.", "critic.", "log_alpha"))
-    visited = []
-    torch.manual_seed(args.seed)
-    for episode in range(3):
-        (obs, _), done = env.reset(episode), False
-        while not done:
-            visited.append(torch.from_numpy(obs))
-            obs, _, terminated, truncated, _ = env.step(agent.act(obs, "stochastic"))
-            done = terminated or truncated
-    chosen = torch.linspace(0, len(visited) - 1, STATES).round().long()
-    obs = torch.stack([visited[i] for i in chosen])
+    saved = load(path, parts=("actor.", "critic.", "log_alpha"))
+    agent, obs = saved.agent.requires_grad_(False), visited(saved, episodes=3, count=STATES)
     policy = gaussians(agent.actor, obs)
-    agent.requires_grad_(False)
 
     def q(action: torch.Tensor) -> torch.Tensor:
         n, s, m, a = action.shape  # the critic wants K actions a state

@@ -7,8 +7,8 @@ The environment gets clip(a + sigma n, -1, 1) with n ~ N(0, 1) in every dimensio
 first 2 of every 10 steps, as in an earlier demonstration by the PMOE authors. The weights are fixed, and so is PPO's
 normaliser. Episode e of seed s has noise of its own, seeded by (s, e), and starts as evaluation e does, so that all
 methods meet the same. Columns: policy, schedule, sigma, episodes, return, length; at sigma 0 the schedule is `none`.
-The figure has the return relative to that at sigma 0, thin lines for seeds, thick ones for their means; the table beside
-the csv files, noise.csv, has these means.
+The figure has the return relative to that at sigma 0, thin lines for seeds, thick ones for their means. These means are
+in noise.csv, beside the labels.
 """
 
 import argparse

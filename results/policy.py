@@ -60,3 +60,29 @@ def gaussians(actor: nn.Module, obs: torch.Tensor) -> Gaussians:
     if mean.ndim == 2:
         return Gaussians(torch.ones(len(mean), 1), mean[:, None], log_std.exp()[:, None], gate, squashed)
     return Gaussians(gate, mean, log_std.exp(), gate, squashed)
+
+
+@torch.no_grad()
+def experts(actor: nn.Module, obs: torch.Tensor) -> Gaussians:
+    """What every expert would do at obs (B, O), also where a gate averages them before it acts.
+
+    Such an actor has a method experts(obs) -> mean (B, K, A), log_std, w (B, K); PPO's takes normalised observations.
+    """
+    if not hasattr(actor, "experts"):
+        return gaussians(actor, obs)
+    normalize = getattr(actor, "normalize", None)
+    mean, log_std, w = actor.experts(normalize(obs) if normalize else obs)
+    return Gaussians(w, mean, log_std.exp().expand_as(mean), w, squashed=normalize is None)
+
+
+def visited(saved: Saved, episodes: int, count: int) -> torch.Tensor:
+    """Observations (count, O) or less, evenly taken from episodes of the stochastic policy."""
+    states = []
+    torch.manual_seed(saved.args.seed)
+    for episode in range(episodes):
+        (obs, _), done = saved.env.reset(episode), False
+        while not done:
+            states.append(torch.from_numpy(obs))
+            obs, _, terminated, truncated, _ = saved.env.step(saved.agent.act(obs, "stochastic"))
+            done = terminated or truncated
+    return torch.stack(states)[torch.linspace(0, len(states) - 1, min(count, len(states))).round().long()]
