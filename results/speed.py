@@ -369,9 +369,9 @@ def gpu():
         raise SystemExit("--gpu: this machine has no GPU that PyTorch can use")
     print(f"{torch.cuda.get_device_name()}\n| script | GPU, steps/s | CPU, steps/s | GPU / CPU |\n|---|---|---|---|")
     for script, flags in GPU.items():
-        short, long = (1500, 4500) if script.startswith("sac") else (8192, 40960)
+        short, long = (1000, 3000) if script.startswith("sac") else (8192, 24576)
         if "moe_multitask" in script and script.startswith("ppo") or script.startswith("pqn"):
-            short, long = 3 * 8064, 9 * 8064
+            short, long = 2 * 8064, 6 * 8064
         speeds = []
         for device in ("cuda", "cpu"):
             first = whole_run(script, device, flags, short)
