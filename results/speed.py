@@ -21,6 +21,7 @@ less.
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import statistics
 import tempfile
@@ -345,7 +346,7 @@ SAC_FLAGS = "--env-id HalfCheetah-v5 --learning-starts 500"
 GPU = {  # script -> flags; every script with its usual sizes
     "sac": SAC_FLAGS,
     "sac_pmoe": SAC_FLAGS,
-    "sac_moe_multitask": "--learning-starts 500",
+    "sac_moe_multitask": "--learning-starts 60",
     "ppo": "--env-id HalfCheetah-v5",
     "ppo_pmoe": "--env-id HalfCheetah-v5",
     "ppo_moe_multitask": "",
@@ -357,7 +358,7 @@ GPU = {  # script -> flags; every script with its usual sizes
 def whole_run(script: str, device: str, flags: str, steps: int) -> float:
     """Seconds that a whole run of so many steps takes, its one evaluation included."""
     module = load_script(script)
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         short = f"{flags} --total-timesteps {steps} --eval-every 1000000000 --eval-episodes 1 --num-threads 1"
         run = module.main([*short.split(), "--device", device, "--run-dir", f"{folder}/run"])
         return json.loads((run / "run.json").read_text())["wall_time"]
