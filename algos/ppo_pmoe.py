@@ -19,8 +19,7 @@ Policy  pi(a|s) = sum_k w_k(s) N(a; mu_k(s), sigma_k^2); the environment receive
 Run       python algos/ppo_pmoe.py                                 # target-reaching
           python algos/ppo_pmoe.py --env-id HalfCheetah-v5 --num-experts 8 --total-timesteps 1000000
           torchrun --nproc_per_node=2 algos/ppo_pmoe.py            # the environments split over two processes
-Resume    python algos/ppo_pmoe.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash: the same bits
-Evaluate  python algos/ppo_pmoe.py --evaluate runs/NAME --video    # deterministic and stochastic return, a GIF
+Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
 What differs from ppo.py:
 1. Policy: K means on one trunk, a log sigma_k each, and a gate w = softmax(Linear(observation)). To act, draw k ~ w,
@@ -48,15 +47,20 @@ hidden units.
 import ast
 import contextlib
 import dataclasses
+import fcntl
 import json
 import math
 import os
 import platform
+import random
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
+import zipfile
 from collections import namedtuple
 from datetime import timedelta
 from pathlib import Path
@@ -65,11 +69,10 @@ from typing import Literal
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.distributed
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from torch.optim.adam import adam
+from torch.optim.adam import adam  # without the bookkeeping of step(), which takes longer than the arithmetic
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -87,9 +90,8 @@ class Args:
     eval_episodes: int = 10  # episodes per evaluation
     checkpoint_every: int | None = None  # steps between checkpoints, which end all episodes (default: see Run)
     device: str = "cpu"  # cpu, cuda or cuda:N
-    num_threads: int = 1  # CPU threads of PyTorch
+    num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 1)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
-    # PPO
     num_envs: int = 8  # environments, those of all processes together
     async_envs: bool = False  # each environment in a process of its own; pays if its step takes long
     num_steps: int = 256  # steps of each environment per rollout
@@ -110,12 +112,10 @@ class Args:
     selection: Literal["draws", "means"] = "draws"  # the best expert is the one whose draw, or whose mean, Q prefers
 
 
-# T steps of N environments: obs (T, N, O); action (T, N, A), before clipping; reward, terminated and done = terminated
-# or truncated (T, N); next_obs (T, N, O), where an episode ends its last observation; discounted (T, N), the sum of the
-# episode's rewards so far, each discounted by its age.
+# T steps of N environments: obs and next_obs (T, N, O), where an episode ends its last; action (T, N, A), unclipped;
+# (T, N): reward, terminated, done = terminated or truncated, discounted = the episode's rewards, discounted by age.
 Rollout = namedtuple("Rollout", "obs action reward terminated done next_obs discounted")
-# Rows to learn from: obs (B, O), normalised; action (B, A), before clipping; log_prob (B,), of the policy that acted;
-# advantage (B,); target (B,), of the critic.
+# Rows to learn from: obs (B, O), normalised; action (B, A), unclipped; (B,): log_prob when acting, advantage, target.
 Batch = namedtuple("Batch", "obs action log_prob advantage target")
 
 
@@ -406,12 +406,6 @@ def normal(*shape: int, dim: int = 0, device: str | torch.device = "cpu") -> tor
     return torch.randn(*whole, device=device).chunk(WORLD, dim)[RANK]
 
 
-def require_finite(*arrays: np.ndarray):
-    """The moments would never recover from a number that is not."""
-    if not all(np.isfinite(x).all() for x in arrays):
-        raise FloatingPointError("an action, observation or reward is not finite, the training has diverged")
-
-
 class Moments(nn.Module):
     """Mean and variance of all that it has been shown; calling it standardises, within 10 standard deviations."""
 
@@ -436,10 +430,7 @@ class Moments(nn.Module):
 
 
 class Adam(torch.optim.Adam):
-    """Adam of all weights of a module, which become views of one vector: one operation averages, clips or steps all.
-
-    It calls the function behind torch's step(), whose bookkeeping takes longer than the arithmetic.
-    """
+    """Adam of all weights of a module, which become views of one vector: one operation averages, clips or steps all."""
 
     def __init__(self, module: nn.Module, args: Args):
         self.weights, self.max_norm = list(module.parameters()), args.max_grad_norm
@@ -456,8 +447,7 @@ class Adam(torch.optim.Adam):
         gradient /= torch.linalg.vector_norm(gradient).div_(self.max_norm).clamp_(min=1)
         state, settings = self.state[self.vector], {key: self.param_groups[0][key] for key in ("lr", "eps", "fused")}
         settings |= {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
-        moments = [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]]
-        adam([self.vector], [gradient], *moments, **settings)
+        adam([self.vector], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], **settings)
 
 
 class Sampler:
@@ -470,7 +460,11 @@ class Sampler:
         """New episodes everywhere, each environment with a seed made from the run's seed and the step."""
         first = step // self.args.num_steps + RANK * self.envs.num_envs  # one number per environment and rollout
         seeds = [(self.args.seed * 100_003 + first + i) % 2**30 for i in range(self.envs.num_envs)]
+        random.seed(seeds[0])  # some environments draw from the global generators
+        np.random.seed(seeds[0])
         self.obs = np.array(self.envs.reset(seed=seeds)[0], np.float32)
+        if not np.isfinite(self.obs).all():
+            raise FloatingPointError(f"an observation or reward of {self.envs.unwrapped.spec.id} is not finite")
         self.discounted, self.returns, self.lengths = np.zeros((3, self.envs.num_envs))
 
     @torch.no_grad()
@@ -481,9 +475,10 @@ class Sampler:
         for t in range(args.num_steps):
             clipped, action = agent.actor.sample(torch.from_numpy(self.obs).to(args.device), noise[t])
             clipped, action = clipped.cpu().numpy(), action.cpu().numpy()
-            require_finite(self.obs, action)
+            if not np.isfinite(action).all():
+                raise FloatingPointError("the policy's action is not finite, the training has diverged")
             obs, reward, terminated, truncated, info = self.envs.step(clipped)
-            obs, done = np.array(obs, np.float32), terminated | truncated
+            obs, reward, done = np.array(obs, np.float32), np.reshape(reward, len(obs)), terminated | truncated
             next_obs, ended = obs.copy() if done.any() else obs, np.flatnonzero(done)
             self.discounted, self.returns = self.discounted * args.gamma + reward, self.returns + reward
             self.lengths += 1
@@ -492,58 +487,51 @@ class Sampler:
                 next_obs[i] = info["final_obs"][i]
                 episodes.append((self.returns[i], self.lengths[i]))
                 self.discounted[i] = self.returns[i] = self.lengths[i] = 0
-            require_finite(reward, next_obs)
+            if not all(np.isfinite(x).all() for x in (obs, next_obs, reward)):  # the moments would never recover
+                raise FloatingPointError(f"an observation or reward of {self.envs.unwrapped.spec.id} is not finite")
             self.obs = obs
         columns = (np.stack(column).astype(np.float32) for column in zip(*columns, strict=True))
         return Rollout(*(gather(torch.from_numpy(column).to(args.device)) for column in columns)), episodes
 
 
 class Bare(gym.Wrapper):
-    """Copies observations, which some environments change in place, and drops info, which takes time to collect."""
+    """One environment of several. Drops info, which takes time to collect; an answer may have any shape that fits."""
 
-    def reset(self, **arguments):
-        return np.array(self.env.reset(**arguments)[0]), {}
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:  # the global generators, with --async-envs of a process of its own
+            random.seed(seed)
+            np.random.seed(seed)
+        return np.array(self.env.reset(seed=seed)[0]).reshape(self.observation_space.shape), {}
 
     def step(self, action):
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        return np.array(obs), reward, terminated, truncated, {}
-
-
-@contextlib.contextmanager
-def closing(envs: gym.vector.VectorEnv):
-    """Closes them at the end. If the process of one has died, close() would wait for it: then it ends the others."""
-    try:
-        yield envs
-    except (EOFError, ConnectionError) as error:
-        if not hasattr(envs.unwrapped, "processes"):
-            raise
-        for process in envs.unwrapped.processes:
-            process.terminate()
-        envs.unwrapped.closed = True
-        raise OSError("a process of --async-envs has ended") from error
-    finally:
-        envs.close()
+        obs = np.array(obs).reshape(self.observation_space.shape)  # a copy: some environments change theirs in place
+        return obs, np.asarray(reward, float).item(), bool(terminated), bool(truncated), {}
 
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """This process's share of the environments, actions in [-1, 1]^A; one that ends starts anew in the same step."""
-    spec = Env(args).spec
-    wrappers = gym.spec(spec.id).additional_wrappers  # those that it is registered with
-    spec = dataclasses.replace(spec, additional_wrappers=wrappers, disable_env_checker=True)
-    count, mode, envs = args.num_envs // WORLD, gym.vector.AutoresetMode.SAME_STEP, None
-    if spec.vector_entry_point and not wrappers and not args.async_envs:
-        envs = OPEN.enter_context(closing(gym.make_vec(spec, count)))
+    spec = dataclasses.replace(Env(args).env.env.env.spec, disable_env_checker=True)  # without Env's own wrappers
+    count, mode = args.num_envs // WORLD, gym.vector.AutoresetMode.SAME_STEP
+    vectorised = spec.vector_entry_point and not spec.additional_wrappers and not args.async_envs
+    envs = gym.make_vec(spec, count) if vectorised else None
     if envs is None or envs.metadata.get("autoreset_mode") != mode:
         kind = "async" if args.async_envs else "sync"
         interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the processes of --async-envs: it is not theirs
-        try:
-            envs = gym.make_vec(spec, count, kind, wrappers=[Bare], vector_kwargs={"autoreset_mode": mode})
-        finally:
-            signal.signal(signal.SIGINT, interrupt)
-        OPEN.enter_context(closing(envs))
+        envs = gym.make_vec(spec, count, kind, wrappers=[Bare], vector_kwargs={"autoreset_mode": mode})
+        signal.signal(signal.SIGINT, interrupt)
+
+    @OPEN.push
+    def close(_, error, __):  # if the process of an environment has died, envs.close() would wait for it
+        if args.async_envs and isinstance(error, (EOFError, ConnectionError)):
+            for process in envs.unwrapped.processes:
+                process.kill()
+            envs.unwrapped.closed = True
+            raise OSError("a process of --async-envs has ended") from error
+        envs.close()
+
     low, high, one = envs.action_space.low, envs.action_space.high, envs.action_space.dtype.type(1)
-    # rescaling may overstep the bounds by a rounding
-    envs = gym.wrappers.vector.TransformAction(envs, lambda actions: actions.clip(low, high))
+    envs = gym.wrappers.vector.TransformAction(envs, lambda actions: actions.clip(low, high))  # rounding
     return gym.wrappers.vector.RescaleAction(envs, -one, one)
 
 
@@ -556,142 +544,149 @@ class Env(gym.Wrapper):
         remedy = "see gymnasium.pprint_registry(), write id?name=value&name=value; moe_envs comes by pip install -e ."
         with exit_on_error(f"--env-id {args.env_id}", remedy):
             for key, _, value in (pair.partition("=") for pair in query.split("&") if pair):
-                kwargs[key] = value
-                with contextlib.suppress(ValueError, SyntaxError):  # a plain word stays a string
+                kwargs[key] = WORDS.get(value.lower(), value)
+                with contextlib.suppress(ValueError, SyntaxError):  # another word stays a string
                     kwargs[key] = ast.literal_eval(value)
-            env = gym.make(name, **kwargs)
-            for role, space in (("an observation", env.observation_space), ("an action", env.action_space)):
-                if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-                    raise ValueError(f"needs {role} space that is a flat Box, such as Pendulum-v1's, not {space}")
+            env = layer = gym.make(name, **kwargs)
+            while isinstance(layer, gym.Wrapper):
+                if type(layer).__name__ in ("NormalizeObservation", "NormalizeReward"):
+                    raise ValueError(f"{type(layer).__name__} changes from episode to episode; register it without")
+                layer = layer.env
             if (env.spec.max_episode_steps or 0) <= 0:
                 raise ValueError(f"has no time limit, an evaluation may never end; give {name}?max_episode_steps=1000")
-            if env.action_space.dtype.kind != "f":
-                raise ValueError(f"needs real-valued actions, this one has {env.action_space}")
-            if not np.isfinite([env.action_space.low, env.action_space.high]).all():
-                raise ValueError(f"needs finite action bounds to scale them to [-1, 1], these are {env.action_space}")
-            low, high, one = env.action_space.low, env.action_space.high, env.action_space.dtype.type(1)
-            # rescaling may overstep the bounds by a rounding
-            env = gym.wrappers.TransformAction(env, lambda action: action.clip(low, high), env.action_space)
-            env = gym.wrappers.RecordEpisodeStatistics(env)
+            for space in (env.observation_space, env.action_space):
+                if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                    raise ValueError(f"needs flat Box spaces, such as Pendulum-v1's, not {space}")
+            widths = [float(high) - float(low) for low, high in zip(space.low, space.high, strict=True)]
+            if space.dtype.kind != "f" or not all(0 < x < float(np.finfo(space.dtype).max) for x in widths):
+                raise ValueError(f"needs real-valued actions with finite bounds, low < high, not {space}")
+            one = space.dtype.type(1)
+            env = gym.wrappers.TransformAction(env, lambda a: a.clip(space.low, space.high), space)  # rounding
             super().__init__(gym.wrappers.RescaleAction(env, -one, one))
             OPEN.callback(self.close)
             self.reset(0)
             self.step(self.action_space.low)  # an argument of a wrong kind may show only now
             self.reset(0)
 
-    def reset(self, episode: int | None = None):
-        """The next episode, or that with this number."""
-        self.episode = self.episode + 1 if episode is None else episode
-        obs, info = self.env.reset(seed=self.half + (self.first_seed + self.episode) % 2**30)
-        self.obs = np.array(obs, np.float32)
-        return self.obs, info
+    def reset(self, episode: int = 0):
+        """The episode with this number."""
+        self.rewards, self.success_once = [], math.nan
+        seed = self.half + (self.first_seed + episode) % 2**30
+        random.seed(seed)  # some environments draw from the global generators
+        np.random.seed(seed)
+        return self.check(*self.env.reset(seed=seed))
 
     def step(self, action: np.ndarray):
+        if not np.isfinite(action).all():
+            raise FloatingPointError("the policy's action is not finite, the training has diverged")
         obs, reward, terminated, truncated, info = self.env.step(action)
-        self.obs = np.array(obs, np.float32)  # a copy: some environments change theirs in place
-        require_finite(action, self.obs, reward)
-        return self.obs, float(reward), bool(terminated), bool(truncated), info
+        self.rewards.append(np.asarray(reward, float).item())  # of any shape that has one value
+        obs, info = self.check(obs, info)
+        if terminated or truncated:
+            info["episode"] = {"r": math.fsum(self.rewards), "l": len(self.rewards)}
+        return obs, self.rewards[-1], bool(terminated), bool(truncated), info
+
+    def check(self, obs, info: dict) -> tuple[np.ndarray, dict]:
+        """A copy of the observation, which some environments change in place; info with success as a number."""
+        self.obs = np.array(obs, np.float32).reshape(self.observation_space.shape)
+        if not (np.isfinite(self.obs).all() and np.isfinite(self.rewards[-1:]).all()):
+            raise FloatingPointError(f"an observation or reward of {self.spec.id} is not finite")
+        success = math.nan if info.get("success") is None else np.asarray(info["success"], float).item()
+        self.success_once = np.fmax(self.success_once, success)
+        return self.obs, info | {"success": success, "success_once": float(self.success_once)}
 
 
-def evaluate(agent: Agent, env: Env, args: Args, step: int, policy: str, frames: list | None = None) -> dict:
-    """A row of eval.csv: raw returns of `args.eval_episodes` episodes, which have seeds of their own.
-
-    The random state is put back afterwards: training is the same with and without an evaluation.
-    """
-    results = []
+def evaluate(agent: Agent, env: Env, args: Args, step: int, policy: str, watch=lambda: None) -> dict:
+    """A row of eval.csv: raw returns of episodes with seeds of their own; training's random states stay as they are."""
+    results, states = [], (random.getstate(), np.random.get_state())
     with torch.random.fork_rng([args.device] if args.device != "cpu" else []):
         torch.manual_seed(args.seed)
         for episode in range(args.eval_episodes):
             (obs, _), done = env.reset(episode), False
-            while not done:
+            while not (done or SIGNALS):
                 obs, _, terminated, truncated, info = env.step(agent.act(obs, policy))
                 done = terminated or truncated
-                if frames is not None:
-                    frames.append(env.render())
-            results.append((info["episode"]["r"], info["episode"]["l"], info.get("success", math.nan)))
-    mean, length, success = (round(float(x), 4) for x in np.mean(results, axis=0))
-    row = {"global_step": step, "policy": policy, "episodes": args.eval_episodes, "return": mean}
-    return row | {"return_std": round(float(np.std(results, axis=0)[0]), 4), "length": length, "success": success}
-
-
-def first_process(method):
-    """Of several processes only the first logs, evaluates and saves."""
-    return method if RANK == 0 else lambda *_: None
+                watch()
+            if SIGNALS:
+                return {}
+            results.append((*info["episode"].values(), info["success"], info["success_once"]))
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    values, std = (f(results, axis=0).round(4).tolist() for f in (np.mean, np.std))
+    row = {"global_step": step, "policy": policy, "episodes": args.eval_episodes, "return": values[0]}
+    return row | {"return_std": std[0]} | dict(zip(("length", "success", "success_once"), values[1:], strict=True))
 
 
 class Run:
     """A training and its folder. A checkpoint is `info`, which run.json has as well, and the state of all parts."""
 
     def __init__(self, args: Args, saved: dict | None, agent: Agent, **parts):
-        self.args, self.agent, self.step, self.eval_rows, self.eval_env = args, agent, 0, [], Env(args, evaluation=True)
+        self.args, self.agent, self.eval_env = args, agent, Env(args, evaluation=True)
+        self.step, self.eval_rows, self.owed = 0, [], False  # owed: an evaluation that a signal cut short
         self.size = args.num_envs * args.num_steps  # steps of a rollout
         if args.checkpoint_every is None:  # ten times in the run, but ten whole episodes of each environment apart
             episodes = 10 * args.num_envs * self.eval_env.spec.max_episode_steps
             args.checkpoint_every = math.ceil(min(args.total_timesteps / 10, max(100_000, episodes)))
         self.parts = {"agent": agent} | parts | {f"optimizer_{i}": x for i, x in enumerate(agent.optimizers)}
         self.info = describe(args) | {"wall_time": 0.0, "resumed": []}
-        self.folder, self.rngs = Path(args.run_dir), [torch.default_generator]
-        if args.device != "cpu":
-            self.rngs.append(torch.cuda.default_generators[torch.empty(0, device=args.device).get_device()])
+        gpu = [] if args.device == "cpu" else [torch.cuda.default_generators[agent.actor.log_std.get_device()]]
+        self.folder, self.rngs = Path(args.run_dir), [torch.default_generator, *gpu]
         if saved:
-            self.step = saved["global_step"]  # of the evaluations a run that was made longer keeps what it has as well
-            self.eval_rows = [row for row in saved["eval_rows"] if row["policy"] in self.policies(row["global_step"])]
-            now, self.info = {"global_step": self.step} | self.info, {key: saved[key] for key in self.info}
-            self.info["resumed"].append(now)
-            for name, part in self.parts.items():
-                part.load_state_dict(saved[name])
-            for rng, state in zip(self.rngs, saved["rng"], strict=True):
-                rng.set_state(state)
-        self.started = time.perf_counter() - self.info["wall_time"]
+            with exit_on_error(f"--resume {self.folder}", "checkpoint.pt is damaged or of another run"):
+                for name, part in self.parts.items():
+                    part.load_state_dict(saved[name])
+                for rng, state in zip(self.rngs, saved["rng"], strict=True):
+                    rng.set_state(state)
+                self.step = saved["global_step"]
+                now, self.info = {"global_step": self.step} | self.info, {key: saved[key] for key in self.info}
+                self.info["resumed"].append(now)  # of its evaluations a longer run keeps those that it has as well:
+                self.eval_rows = [r for r in saved["eval_rows"] if r["policy"] in self.policies(r["global_step"])]
         self.first = self.step, time.perf_counter()  # of this process, for steps per second
-        if RANK == 0:
-            with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that can be written"):
-                if not saved and (self.folder / "checkpoint.pt").exists():
-                    raise ValueError("holds a run; go on with it by --resume")
-                self.folder.mkdir(parents=True, exist_ok=True)
-            self.save()
-            self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
-            OPEN.callback(self.writer.close)
-            text = f"a checkpoint every {args.checkpoint_every} steps ends all episodes; run folder {self.folder}"
-            print(f"{SCRIPT}.py: {text}", flush=True)
-        self.bar = tqdm(initial=self.step, total=args.total_timesteps, disable=RANK > 0 or None, unit="step")
+        self.started = self.first[1] - self.info["wall_time"]
+        if RANK > 0:  # of several processes only the first logs, evaluates and saves
+            self.log = self.evaluate = self.save = lambda *_: None
+            return
+        with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that no other process uses"):
+            str(self.folder).encode()
+            if not saved and (self.folder / "checkpoint.pt").exists():
+                raise ValueError("holds a run; go on with it by --resume")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            OPEN.callback(os.close, folder := os.open(self.folder, os.O_RDONLY))
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another process is at work there
+        self.save()
+        # what fails in TensorBoard's own thread is raised again by the next add_scalar()
+        threading.excepthook = lambda x: None if issubclass(x.exc_type, OSError) else threading.__excepthook__(x)
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+        OPEN.callback(self.writer.close)
+        print(f"{SCRIPT}.py: a checkpoint every {args.checkpoint_every} steps ends episodes; {self.folder}", flush=True)
 
     def steps(self):
         """The ends of the rollouts that are left. Ctrl-C and SIGTERM end them after a whole one."""
-        signals, stop = [], False
-        if __name__ == "__main__":  # in a notebook Ctrl-C is not ours
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda number, _: signals.append(number))
-        while self.step < self.args.total_timesteps and not stop:
+        self.bar = tqdm(initial=self.step, total=self.args.total_timesteps, disable=RANK > 0 or None, unit="step")
+        while self.step < self.args.total_timesteps:
             self.step += self.size
             yield self.step
             self.bar.update(self.size)
-            stop = average(torch.tensor(float(len(signals)), device=self.args.device)) > 0  # of all processes
+            if average(torch.tensor(float(len(SIGNALS)), device=self.args.device)) > 0:  # in one of the processes
+                self.bar.close()
+                number, saved = signal.Signals([*SIGNALS, signal.SIGTERM][0]), self.info.get("global_step")
+                if RANK == 0:
+                    print(f"{SCRIPT}.py: {number.name}, step {saved} is saved; --resume {self.folder}", file=sys.stderr)
+                raise SystemExit(128 + number)
         self.bar.close()
-        if stop:
-            number, stands = signal.Signals([*signals, signal.SIGTERM][0]), self.info["global_step"]
-            text = f"{SCRIPT}.py: step {self.step}: {number.name}, the checkpoint of step {stands} stands"
-            if RANK == 0:
-                print(f"{text}; continue with --resume {self.folder}", file=sys.stderr)
-            raise SystemExit(128 + number)
 
     def due(self, step: int, every: int) -> bool:
         """Whether the rollout that ends at `step` has passed a multiple of `every`, or is the last."""
         return step // every > (step - self.size) // every or step >= self.args.total_timesteps
 
-    def speed(self) -> float:
-        """Environment steps per second of this process."""
-        return (self.step - self.first[0]) / (time.perf_counter() - self.first[1])
-
-    @first_process
-    def log(self, metrics: dict):
-        """Writes curves for TensorBoard."""
-        for key, value in metrics.items():
+    def log(self, metrics: dict) -> float:
+        """Writes curves for TensorBoard. Returns the environment steps per second of this process."""
+        speed = (self.step - self.first[0]) / (time.perf_counter() - self.first[1])
+        for key, value in (metrics | {"charts/SPS": speed}).items():
             self.writer.add_scalar(key, value, self.step)
         if "charts/episodic_return" in metrics:
             self.bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}", refresh=False)
-        elif metrics:
-            self.writer.add_scalar("charts/SPS", self.speed(), self.step)
+        return speed
 
     def policies(self, step: int) -> tuple[str, ...]:
         """The policies that are evaluated after this step: at the last three evaluations the stochastic one as well."""
@@ -699,24 +694,29 @@ class Run:
         evaluated = [end for end in ends if self.due(end, self.args.eval_every)]
         return (Actor.policies + ("stochastic",) * (step in evaluated[-3:])) * (step in evaluated)
 
-    @first_process
     def evaluate(self):
         """Adds rows to eval.csv."""
         rows = [evaluate(self.agent, self.eval_env, self.args, self.step, p) for p in self.policies(self.step)]
+        self.owed = bool(SIGNALS)
+        if self.owed:
+            return
         for row in rows:
             known = {key: row[key] for key in ("return", "success") if math.isfinite(row[key])}  # few know success
+            if row["success_once"] > row["success"]:  # success counts at the end of an episode, here at any step
+                known["success_once"] = row["success_once"]
             suffix = "" if row["policy"] == "deterministic" else f"_{row['policy']}"
-            self.log({f"eval/{key}{suffix}": value for key, value in known.items()})
-            text = ", ".join(f"{key} {value:.2f}" for key, value in known.items()) + f", {self.speed():.0f} steps/s"
-            self.bar.write(f"step {self.step}/{self.args.total_timesteps}: {row['policy']} {text}")
+            speed = self.log({f"eval/{key}{suffix}": value for key, value in known.items()})
+            text = "".join(f" {key} {value:.2f}," for key, value in known.items())
+            self.bar.write(f"step {self.step}/{self.args.total_timesteps}: {row['policy']}{text} {speed:.0f} steps/s")
         sys.stdout.flush()  # it may be a file
         self.eval_rows += rows
         table = [rows[0], *(row.values() for row in self.eval_rows)]  # no time: equal runs, equal files
         write(self.folder / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in table).encode())
 
-    @first_process
     def save(self):
         """Writes checkpoint.pt, model.pt, run.json and, at the end, policy.pt, unless the training has diverged."""
+        if self.owed:  # resume makes it again, from the last checkpoint, which therefore stands
+            return
         wall_time = time.perf_counter() - self.started
         self.info |= {"args": dataclasses.asdict(self.args), "global_step": self.step}
         self.info |= {"wall_time": wall_time, "steps_per_second": self.step / wall_time}
@@ -763,11 +763,14 @@ def write(path: Path, data: bytes | dict):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from error
+        raise OSError(f"cannot write {path}, is the disk full? {error}") from error
 
 
-SCRIPT, OPEN = Path(__file__).stem, contextlib.ExitStack()  # what main() closes
+SCRIPT, SIGNALS, OPEN = Path(__file__).stem, [], contextlib.ExitStack()  # Ctrl-C or SIGTERM; what main() closes
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None, "null": None}
+WORDS |= {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # in --env-id; 'on' in quotes is a string
 LIMITS = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, 1e12)}  # others: positive
+LIMITS["num_threads"] = (1, 4 * (os.cpu_count() or 1))
 OLDER = {}  # flags that older files lack, and the values at which a script does what it did then
 
 
@@ -777,14 +780,17 @@ def exit_on_error(what: str, remedy: str, code: int = 2, errors=Exception):
     try:
         yield
     except errors as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason, frame = str(error).strip().split("\n")[0], traceback.extract_tb(error.__traceback__)[-1]
+        ours = frame.filename == __file__ and isinstance(error, (ValueError, FloatingPointError, OSError))
+        if not ours and not isinstance(error, gym.error.Error):
+            reason = f"{type(error).__name__} {reason} ({frame.filename}:{frame.lineno})"
         tqdm.write(f"{SCRIPT}.py: {what}: {reason}; {remedy}", file=sys.stderr)
         raise SystemExit(code) from None
 
 
 def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
     """Arguments and, where a run is resumed or evaluated, what it saved. Exits where a flag cannot work."""
-    args, saved = tyro.cli(Args, args=argv, description=__doc__), None
+    args, saved, limits = tyro.cli(Args, args=argv, description=__doc__), None, LIMITS
     option, file, free = "resume", "checkpoint.pt", {"resume", "total_timesteps"}
     if args.evaluate is not None:
         option, file, free = "evaluate", "model.pt", {"evaluate", "video", "eval_episodes", "device", "num_threads"}
@@ -792,14 +798,24 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
     if given is not None:
         path = Path(given) if option == "evaluate" and Path(given).is_file() else Path(given) / file
         with exit_on_error(f"--{option} {given}", f"give the folder of a run of this script; it has {file}"):
+            if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                raise ValueError("the file is damaged")
             saved = torch.load(path, map_location="cpu", weights_only=True)
             if saved["script"] != SCRIPT:
                 raise ValueError(f"was made by {saved['script']}.py, use that script")
             saved["args"] = {k: v for k, v in OLDER.items() if k in vars(args)} | saved["args"]
             if saved["args"].keys() != vars(args).keys():
                 raise ValueError(f"the script was another then, at commit {saved['commit']}")
-        args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))  # flags that are not given are the run's
-    limits = LIMITS | ({"total_timesteps": (saved["args"]["total_timesteps"], 1e12)} if saved else {})
+            done = min(int(saved["global_step"]), saved["args"]["total_timesteps"])  # its last rollout may pass the end
+            limits = LIMITS | {"total_timesteps": (done, 1e12)}
+            args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))  # flags that are not given are the run's
+    if args.num_threads is None:
+        threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+        args.num_threads = int(threads) if threads.isdecimal() else 1
+    rows, k = args.num_envs * args.num_steps, getattr(args, "num_experts", 1)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    need = {"num_envs": args.num_envs * (3e7 if args.async_envs else 1e4)}  # at least: a process, or objects
+    need |= {"num_steps": 8192 * rows, "num_experts": 4 * rows * k * (k + 32)}  # hidden units; distances, densities
     for name, value in vars(args).items():
         with exit_on_error(f"--{name.replace('_', '-')} {value}", "see --help"):
             if saved and name not in free and value != saved["args"][name]:
@@ -807,6 +823,12 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
             low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
             if type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"must lie between {low:g} and {high:g}")
+            if args.evaluate is None and need.get(name, 0) > memory:
+                raise ValueError(f"would take {need[name] / 1e9:.0f} GB, the machine has {memory / 1e9:.0f} GB")
+            if name == "num_envs" and value % WORLD:
+                raise ValueError(f"must be a multiple of the {WORLD} processes of torchrun")
+            if name == "num_minibatches" and (rows % (value * WORLD) or rows < 2 * value):
+                raise ValueError(f"needs {value * WORLD} equal parts of {rows} steps, each of 2 or more; change it")
             if name == "video" and value and args.evaluate is None:
                 raise ValueError("goes with --evaluate")
     with exit_on_error(f"--device {args.device}", "--device cpu always works"):
@@ -815,16 +837,9 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
         if WORLD > 1 and args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.zeros(1, device=args.device).item()
-    steps, parts = args.num_envs * args.num_steps, args.num_minibatches * WORLD
-    with exit_on_error(f"--num-envs {args.num_envs}", f"give a multiple of the {WORLD} processes of torchrun"):
-        if args.num_envs % WORLD:
-            raise ValueError("cannot be divided")
-    with exit_on_error(f"--num-minibatches {args.num_minibatches}", "change it, --num-envs or --num-steps"):
-        if steps % parts or steps < 2 * args.num_minibatches:
-            raise ValueError(f"needs {parts} equal parts of a rollout of {steps} steps, and minibatches of at least 2")
     if WORLD > 1 and not torch.distributed.is_initialized():
-        backend = "nccl" if args.device == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(days=1))  # the others wait for an evaluation
+        torch.distributed.init_process_group(timeout=timedelta(days=1))  # the others wait for an evaluation
+    sys.path += [os.getcwd()]  # for --env-id module:Id
     torch.set_num_threads(args.num_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
@@ -835,32 +850,47 @@ def evaluate_run(args: Args, saved: dict):
     """Prints the evaluation of a saved policy as JSON and writes it, and with --video a GIF, beside the policy."""
     env, path = Env(args, evaluation=True), Path(args.evaluate)
     agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
-    state = {key.removeprefix("actor."): x for key, x in saved["agent"].items() if key.startswith("actor.")}
-    agent.actor.load_state_dict(state)
+    with exit_on_error(f"--evaluate {path}", "the file is damaged or of another run"):
+        state = {key.removeprefix("actor."): x for key, x in saved["agent"].items() if key.startswith("actor.")}
+        agent.actor.load_state_dict(state)
     rows = [evaluate(agent, env, args, saved["global_step"], p) for p in (*Actor.policies, "stochastic")]
+    if SIGNALS:
+        raise SystemExit(128 + SIGNALS[0])
     text = json.dumps({row["policy"]: row for row in rows}, indent=1).replace("NaN", "null")
     print(text)
     write(path / "evaluation.json" if path.is_dir() else path.with_suffix(".json"), text.encode())
     if args.video:
+        gif = path / "video.gif" if path.is_dir() else path.with_suffix(".gif")
         with exit_on_error("--video", "without a display, MuJoCo wants MUJOCO_GL=egl"):
             import imageio  # comes with gymnasium[mujoco]
 
             env, frames = Env(args, evaluation=True, render_mode="rgb_array"), []
-            evaluate(agent, env, dataclasses.replace(args, eval_episodes=1), 0, Actor.policies[-1], frames)
-            gif = path / "video.gif" if path.is_dir() else path.with_suffix(".gif")
-            imageio.mimsave(gif, frames, duration=1000 / env.metadata["render_fps"], loop=0)
+            fps = env.metadata.get("render_fps", 30)  # a GIF counts in 10 ms, and browsers show less than 20 ms as 100
+            strides = range(-(-fps // 50), fps // 10 + 2)
+            stride = min(strides, key=lambda s: abs(100 * s / fps - round(100 * s / fps)) / s)
+
+            def watch():
+                if len(env.rewards) % stride == 0 and len(frames) < 500:  # everything would take gigabytes
+                    frames.append(env.render()[::2, ::2])
+
+            evaluate(agent, env, dataclasses.replace(args, eval_episodes=1), 0, Actor.policies[-1], watch)
+            imageio.mimsave(gif, frames, duration=10 * round(100 * stride / fps), loop=0)
         print(f"one episode, policy {Actor.policies[-1]}: {gif}")
 
 
 def main(argv: list[str] | None = None) -> Path:
     """Trains, resumes or evaluates as the flags say, those of the command line by default; returns the run's folder."""
+    SIGNALS.clear()
+    if __name__ == "__main__":  # a signal ends the run after its step, a second one at once; in a notebook not ours
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda n, _: (SIGNALS.append(n), signal.signal(n, signal.SIG_DFL)))
     args, saved = parse(argv)
     now = time.strftime("%Y%m%d-%H%M%S") if RANK == 0 else "TIME"  # the others do not know when the first began
     name = f"{args.env_id.split(':')[-1]}__{SCRIPT}__s{args.seed}__{now}"
     default = "runs/" + name.translate(str.maketrans("?&=/", "----"))
     folder = args.evaluate or args.resume or args.run_dir or default
-    peers = exit_on_error("this or another process has failed", f"--resume {folder}", 1, (RuntimeError,) * (WORLD > 1))
-    with exit_on_error("stopped", f"--resume {folder}", 1, (OSError, FloatingPointError)), peers, OPEN:
+    peers = exit_on_error("a process has failed", f"--resume {folder} goes on", 1, (RuntimeError,) * (WORLD > 1))
+    with exit_on_error("stopped", f"--resume {folder} goes on", 1, (OSError, FloatingPointError)), peers, OPEN:
         if args.evaluate is not None:
             evaluate_run(args, saved)
         else:
@@ -873,4 +903,5 @@ def main(argv: list[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may have letters that the terminal lacks
     main()

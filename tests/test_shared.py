@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FAMILIES = {"sac": "sac_*.py", "ppo": "ppo_*.py", "pqn": "pqn_*.py"}  # base -> the others
-OWN = {"docstring", "Args", "Actor", "ActorCritic", "Network", "pick", "update"}  # what a method may have of its own
+OWN = {"docstring", "Args", "Agent", "Actor", "ActorCritic", "Network", "pick", "update"}  # what a method may change
 LINE = "# " + "=" * 118 + "\n# That was the agent."
 
 
@@ -22,7 +22,8 @@ def parts(text: str) -> dict[str, str]:
     lines, found = above.splitlines(keepends=True), {"below": below}
     for node in ast.parse(above).body:
         name = getattr(node, "name", "imports" if isinstance(node, (ast.Import, ast.ImportFrom)) else "docstring")
-        found[name] = found.get(name, "") + "".join(lines[node.lineno - 1 : node.end_lineno])
+        blank = lines[node.lineno - 2] if name in found and not lines[node.lineno - 2].strip() else ""
+        found[name] = found.get(name, "") + blank + "".join(lines[node.lineno - 1 : node.end_lineno])
     return found
 
 
