@@ -15,13 +15,14 @@ Paper   Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning", ar
 Target  G_t = r_t + gamma (1 - terminated_t) [lambda G_{t+1} + (1 - lambda) max_a Q(s_{t+1}, a)], of Q with LayerNorm.
 
 Run       python algos/pqn.py                                 # Asterix
-          python algos/pqn.py --game breakout --sticky-actions 0.1 --no-minimal-actions
+          python algos/pqn.py --game breakout --sticky-actions 0.1 --no-minimal-actions --time-limit 10000
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
-MinAtar (Young and Tian 2019, arXiv 1903.03176) is under GPL-3.0. Its own rules repeat an action with probability 0.1,
-offer all six actions in every game and set no time limit. The default is what gymnax makes of them, because PQN's
-published curves are from there: no action is repeated, a game offers only the actions that do something in it, and an
-episode lasts 1,000 steps (Freeway: --time-limit 2500). Here that limit truncates; in gymnax it terminates.
+MinAtar (Young and Tian 2019, arXiv 1903.03176, a package under GPL-3.0) repeats the action before with probability 0.1,
+offers all six actions in every game and has no time limit but Freeway's: the flags of the second command. The default
+is gymnax's rules, under which PQN's curves were published: no action is repeated, a game offers only the actions that
+do something in it, an episode has at most 1,000 steps (Freeway: --time-limit 2500). That limit terminates in gymnax,
+here it truncates.
 
 What differs from ppo.py, besides the algorithm:
 1. A checkpoint does not end the running episodes. Each has its own seed, made from the run's seed and the episode's
@@ -158,15 +159,15 @@ def rollout(agent: Agent, games: "Games", epsilon: float, args: Args) -> tuple["
         for i, last_obs, episode in ended:
             episodes.append(episode)
             if truncated[i]:
-                cut[t, i] = last_obs
+                cut[t, i] = last_obs  # before the new episode's first
     obs, action, value, reward, terminated, truncated = map(torch.stack, zip(*columns, strict=True))  # (T, N, ...)
 
-    # The weights have not changed: the value of the next state is what the next step acted by, but for truncations.
+    # The weights stay the same during a rollout, so V(s_{t+1}) is what step t + 1 acted by, except at truncations
     last_obs = torch.from_numpy(np.stack([*games.obs, *cut.values()]))
     last_value, *cut_value = agent.act(last_obs, 0)[1].split([args.num_envs] + [1] * len(cut))
     next_value = torch.cat([value[1:], last_value[None]])
-    for index, value in zip(cut, cut_value, strict=True):
-        next_value[index] = value
+    for index, v in zip(cut, cut_value, strict=True):
+        next_value[index] = v
     target = lambda_returns(reward, terminated, truncated, next_value, args)
     return Batch(*(x.flatten(0, 1).to(args.device) for x in (obs, action, target))), episodes
 
@@ -526,6 +527,7 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
             raise ValueError(f"needs {parts} equal parts of a rollout of {steps} steps")
     torch.set_num_threads(args.num_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.backends.cudnn.deterministic = True  # or equal runs differ on a GPU
     torch.set_flush_denormal(True)  # numbers below 1e-38, such as RAdam's moments of silent units, are slow on CPUs
     return args, saved
 

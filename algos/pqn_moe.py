@@ -95,13 +95,13 @@ class Args:
     exploration_fraction: float = 0.1  # share of the run over which it falls, linearly
     max_grad_norm: float = 10.0  # the gradient is scaled down to this norm
     # the mixture
-    moe: Literal["none", "soft", "topk", "wide", "tokens"] = "soft"  # the layer before the last: see the docstring
+    moe: Literal["none", "soft", "topk", "wide", "tokens"] = "soft"  # the layer before the last, see the docstring
     num_experts: int = 4  # n of soft and topk
     widen: int = 4  # wide: times 128 units
 
 
 class Mixture(nn.Module):
-    """n experts, MLPs 16-128-16 with ReLU, on the tokens of a picture: soft, topk or tokens: see the docstring."""
+    """n experts, MLPs 16-128-16 with ReLU, on the tokens of a picture; --moe names the way they are combined."""
 
     def __init__(self, args: Args, tokens: int = 64, size: int = 16, hidden: int = 128):
         super().__init__()
@@ -202,15 +202,15 @@ def rollout(agent: Agent, games: "Games", epsilon: float, args: Args) -> tuple["
         for i, last_obs, episode in ended:
             episodes.append(episode)
             if truncated[i]:
-                cut[t, i] = last_obs
+                cut[t, i] = last_obs  # before the new episode's first
     obs, action, value, reward, terminated, truncated = map(torch.stack, zip(*columns, strict=True))  # (T, N, ...)
 
-    # The weights have not changed: the value of the next state is what the next step acted by, but for truncations.
+    # The weights stay the same during a rollout, so V(s_{t+1}) is what step t + 1 acted by, except at truncations
     last_obs = torch.from_numpy(np.stack([*games.obs, *cut.values()]))
     last_value, *cut_value = agent.act(last_obs, 0)[1].split([args.num_envs] + [1] * len(cut))
     next_value = torch.cat([value[1:], last_value[None]])
-    for index, value in zip(cut, cut_value, strict=True):
-        next_value[index] = value
+    for index, v in zip(cut, cut_value, strict=True):
+        next_value[index] = v
     target = lambda_returns(reward, terminated, truncated, next_value, args)
     return Batch(*(x.flatten(0, 1).to(args.device) for x in (obs, action, target))), episodes
 
@@ -576,6 +576,7 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
             raise ValueError(f"needs {parts} equal parts of a rollout of {steps} steps")
     torch.set_num_threads(args.num_threads)
     torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.backends.cudnn.deterministic = True  # or equal runs differ on a GPU
     torch.set_flush_denormal(True)  # numbers below 1e-38, such as RAdam's moments of silent units, are slow on CPUs
     return args, saved
 

@@ -3,6 +3,7 @@
     python results/speed.py [--threads 1 2] [--precisions highest medium] [--train-steps 1500]
     python results/speed.py --ppo        # instead: PPO against stable-baselines3's
     python results/speed.py --minatar    # instead: whole training on MinAtar with and without experts
+    python results/speed.py --pqn        # instead: whole training of PQN with and without experts
     python results/speed.py --gpu        # instead: every script on GPU and CPU
 
 One gradient step on a synthetic batch, and whole training on HalfCheetah-v5 (environment, replay, action and update).
@@ -14,8 +15,8 @@ ratio of each pair is what counts: the median over the rounds is printed.
 --ppo times whole training on HalfCheetah-v5: one iteration (2,048 steps and 320 updates) of ppo.py, of ppo_pmoe.py
 with K = 8 and of stable-baselines3's PPO in turn: the same network, environments, minibatches and passes. Ours also
 normalises observations and rewards, theirs does so in VecNormalize: a row with it and one without. It also says where
-the time goes. With one thread --ppo and --minatar count the process's own time, so that others on the machine matter
-less.
+the time goes. With one thread --ppo, --minatar and --pqn count the process's own time, so that others on the machine
+matter less.
 """
 
 import argparse
@@ -342,6 +343,44 @@ def minatar(threads: list[int], rounds: int):
         print(f"{task} alone: {4000 / (time.process_time() - start):.0f} steps/s with random actions")
 
 
+def pqn(threads: list[int], rounds: int):
+    """Whole training on MinAtar's Asterix: one rollout of 4,096 steps and its 64 updates, of all forms in turn."""
+    print("| PQN on Asterix | parameters | threads | steps/s | pqn.py's time / its | rollout, s | learning, s |")
+    print("|---|---|---|---|---|---|---|")
+    forms = {  # script and what differs from its defaults
+        "pqn.py": ("pqn", {}),
+        "widened x4": ("pqn_moe", {"moe": "wide", "widen": 4}),
+        "widened x8": ("pqn_moe", {"moe": "wide", "widen": 8}),
+        "Soft MoE, n = 1": ("pqn_moe", {"num_experts": 1}),
+        "Soft MoE, n = 4": ("pqn_moe", {"num_experts": 4}),
+        "Soft MoE, n = 8": ("pqn_moe", {"num_experts": 8}),
+        "tokens without experts": ("pqn_moe", {"moe": "tokens"}),
+        "top-1 of 4": ("pqn_moe", {"moe": "topk"}),
+    }
+    for number in threads:
+        torch.set_num_threads(number)
+        clock, agents, times = clock_of(number), {}, {name: [] for name in forms}
+        for name, (script, changes) in forms.items():
+            module = load_script(script)
+            args = module.Args(**changes)
+            games = module.Games(args, args.num_envs)
+            agents[name] = module, args, games, module.Agent(games.obs.shape[-1], len(games.actions), args)
+        for i in range(rounds + 1):  # the first round warms up
+            for name, (module, args, games, agent) in agents.items():
+                start = clock()
+                batch, _ = module.rollout(agent, games, args.epsilon, args)
+                middle = clock()
+                module.learn(agent, batch, args)
+                times[name] += [(middle - start, clock() - middle)] if i else []
+        for name, pairs in times.items():
+            rollout, learning = (statistics.median(column) for column in zip(*pairs, strict=True))
+            ratio = statistics.median(sum(a) / sum(b) for a, b in zip(times["pqn.py"], pairs, strict=True))
+            speed = 4096 / statistics.median(map(sum, pairs))
+            count = sum(x.numel() for x in agents[name][3].parameters())
+            row = f"{name} | {count:,} | {number} | {speed:.0f} | {ratio:.2f} | {rollout:.2f} | {learning:.2f}"
+            print(f"| {row} |", flush=True)
+
+
 SAC_FLAGS = "--env-id HalfCheetah-v5 --learning-starts 500"
 GPU = {  # script -> flags; every script with its usual sizes
     "sac": SAC_FLAGS,
@@ -388,8 +427,11 @@ def main():
     parser.add_argument("--train-steps", type=int, default=900, help="0 leaves the whole training out")
     parser.add_argument("--ppo", action="store_true", help="PPO against stable-baselines3's, and nothing else")
     parser.add_argument("--minatar", action="store_true", help="only the whole training on MinAtar")
+    parser.add_argument("--pqn", action="store_true", help="only the whole training of PQN")
     parser.add_argument("--gpu", action="store_true", help="steps per second of every script on GPU and CPU")
     args = parser.parse_args()
+    if args.pqn:
+        return pqn(args.threads, args.rounds)
     if args.gpu:
         return gpu()
     torch.set_flush_denormal(True)  # for both forms: the plain one would be slower still without it
