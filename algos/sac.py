@@ -23,10 +23,11 @@ Where this differs from the paper:
 1. Actions live in [-1, 1] (RescaleAction), so no action scale enters log pi; tanh's correction is in its stable form.
 2. Both critics are one batched network; in the actor's step their weights get no gradient. Same result, less work.
 3. Every episode is reset with its own seed, made from the run's seed and the episode's number.
-4. The temperature starts at --alpha-init 0.1, not 1 (Stable-Baselines3 offers this as ent_coef="auto_0.1"). At 1 the
+4. The temperature's loss multiplies log alpha, not alpha, as in the authors' code.
+5. The temperature starts at --alpha-init 0.1, not 1 (Stable-Baselines3 offers this as ent_coef="auto_0.1"). At 1 the
    entropy of all steps to come is worth up to 2 log 2 / (1 - gamma) = 139 on the default task, which has two action
    dimensions: more than the 100 for reaching the target.
-5. It begins with 10,000 random steps without an update, not 1,000, because the default task's target is rarely met.
+6. It begins with 10,000 random steps without an update, not 1,000, because the default task's target is rarely met.
 The default task, from the PMOE paper, is made easier: obstacles cost 10, not 100; the bonus for speed is 0.3, not 0.1.
 Letters in the shape comments: B batch, O observation size, A action dimensions, H hidden units.
 """
@@ -69,8 +70,8 @@ class Args:
     total_timesteps: int = 40_000  # environment steps
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to go on with; --total-timesteps can make it longer
-    evaluate: str | None = None  # folder of a run to evaluate instead of training
-    video: bool = False  # with --evaluate: also write video.gif into the run folder
+    evaluate: str | None = None  # folder of a run, or a policy's file, to evaluate instead of training
+    video: bool = False  # with --evaluate: also write a GIF beside it
     eval_every: int = 5_000  # steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation
     checkpoint_every: int = 10_000  # steps between checkpoints
@@ -85,13 +86,13 @@ class Args:
     tau: float = 0.005  # share of the critic that its target takes over per update
     policy_lr: float = 3e-4  # Adam's step size for the actor
     q_lr: float = 3e-4  # Adam's step size for the critics and the temperature
-    alpha_init: float = 0.1  # temperature at the start; why, says sac.py's docstring
+    alpha_init: float = 0.1  # temperature at the start; sac.py's docstring says why
 
 
 def tanh_gaussian(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Reparameterised a = tanh(u), u = mean + std * noise, and its log density summed over the last dimension.
 
-    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), exact for every u and with a gradient.
+    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), numerically stable and with a finite gradient for every u.
     """
     noise = torch.randn_like(mean)  # (u - mean) / std
     u = mean + log_std.exp() * noise
@@ -102,7 +103,7 @@ def tanh_gaussian(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tens
 class Actor(nn.Module):
     """Gaussian policy squashed by tanh: MLP O-256-256 with ReLU, then mean and log standard deviation (A each)."""
 
-    policies = ("deterministic",)  # what is evaluated, besides the stochastic one at the end
+    policies = ("deterministic",)  # evaluated each time, the stochastic one only at the last three evaluations
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args, hidden: int = 256):
         super().__init__()
@@ -257,7 +258,7 @@ class ReplayBuffer:
 
     def __init__(self, size: int, obs_dim: int, action_dim: int, device: str):
         self.count, self.obs_dim = 0, obs_dim
-        self.rows = torch.zeros(size, 2 * obs_dim + action_dim + 2, device=device)
+        self.rows = torch.empty(size, 2 * obs_dim + action_dim + 2, device=device)
 
     def add(self, obs, action, reward: float, terminated: bool, next_obs):
         """Stores one transition in place of the oldest."""
@@ -357,15 +358,18 @@ class Env(gym.Wrapper):
 
 
 def check_memory(args: Args, obs_dim: int, action_dim: int):
-    """Refuses, before anything is created, what would take more memory than the machine has."""
+    """Refuses, before anything is created, what would take more memory than there is."""
     k, memory = getattr(args, "num_experts", 1), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    need = {"buffer_size": 4 * (2 * obs_dim + action_dim + 2) * min(args.buffer_size, args.total_timesteps)}
+    rows = min(args.buffer_size, args.total_timesteps)  # a CPU takes memory for those in use
+    if args.device != "cpu":
+        rows, memory = args.buffer_size, torch.cuda.mem_get_info(args.device)[1]
+    need = {"buffer_size": 4 * (2 * obs_dim + action_dim + 2) * rows}
     need["num_experts"] = 8192 * k * (action_dim + 256)  # weights, gradients, moments; activations of a usual batch
     need["batch_size"] = 8192 * args.batch_size * (1 + k)  # hidden units of both critics, forth and back
     for name, size in need.items():
         with exit_on_error(f"--{name.replace('_', '-')} {getattr(args, name, None)}", "give less"):
             if size > memory:
-                raise ValueError(f"would take {size / 1e9:.0f} GB, the machine has {memory / 1e9:.0f} GB")
+                raise ValueError(f"would take {size / 1e9:.0f} GB, the device has {memory / 1e9:.0f} GB")
 
 
 def evaluate(agent: Agent, env: Env, args: Args, step: int, policy: str, watch=lambda: None) -> dict:
@@ -402,13 +406,15 @@ class Run:
         if saved:
             with exit_on_error(f"--resume {self.folder}", "checkpoint.pt is damaged or of another run"):
                 for name, part in self.parts.items():
-                    part.load_state_dict(saved[name])
+                    part.load_state_dict(saved.pop(name))
                 for rng, state in zip(self.rngs, saved["rng"], strict=True):
                     rng.set_state(state)
                 self.step, self.owed = saved["global_step"], saved["owed"]
                 now, self.info = {"global_step": self.step} | self.info, {key: saved[key] for key in self.info}
                 self.info["resumed"].append(now)  # of its evaluations a longer run keeps those that it has as well:
                 self.eval_rows = [r for r in saved["eval_rows"] if r["policy"] in self.policies(r["global_step"])]
+        else:
+            parts["env"].reset(0)  # evaluation's environment has seeded the generators of random and NumPy
         with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that no other process uses"):
             str(self.folder).encode()
             if not saved and (self.folder / "checkpoint.pt").exists():
@@ -459,7 +465,7 @@ class Run:
         """Adds rows to eval.csv."""
         rows = [evaluate(self.agent, self.eval_env, self.args, self.step, p) for p in self.policies(self.step)]
         self.owed = bool(SIGNALS)
-        if self.owed:
+        if self.owed or not rows:
             return
         for row in rows:
             known = {key: row[key] for key in ("return", "success") if math.isfinite(row[key])}  # few know success

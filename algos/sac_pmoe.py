@@ -15,7 +15,7 @@
 Paper   Ren et al. 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning", arXiv 2104.09122.
 Policy  pi(a|s) = sum_k w_k(s) N_k(a|s), N_k: a = tanh(u), u ~ N(mu_k(s), sigma_k(s)^2), k ~ Categorical(w(s)).
 Run       python algos/sac_pmoe.py                                 # target-reaching
-          python algos/sac_pmoe.py --env-id HalfCheetah-v5 --num-experts 2 --total-timesteps 1000000 --alpha-init 1
+          python algos/sac_pmoe.py --env-id HalfCheetah-v5 --num-experts 2 --learning-starts 5000 --alpha-init 1
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
 What differs from sac.py:
@@ -25,13 +25,13 @@ What differs from sac.py:
 4. Gate's loss (frequency approximate gradient): w is pulled to the one-hot of the best expert, hence to the frequency
    with which each expert is the best (Theorem 3.1). It is detached from the trunk.
 Where this differs from the paper or the authors' code:
-1. Only the best action goes through the critics with gradients; the K-fold pass that finds it has none. Same gradient.
-2. The gate sees detached features, as in the authors' release. Its loss is the mean over K.
+1. Only the best action goes through the critics with gradients; the pass of all K that finds it runs without.
+2. The gate sees detached features, as in the authors' release. The gate's loss is averaged over K.
 3. Evaluated without noise: tanh(mu_k) of an expert k ~ w (the release) and of that with the largest weight (ours).
 4. --selection (ours): how the best expert is chosen. `draws`, the paper's form, learns from the very draws that it
    compares, which rewards wide experts although the agent acts by one draw, not by the best of K. `fresh` compares
    other draws, `means` compares tanh(mu_k).
-5. The temperature starts at 0.1 and the first 10,000 steps are random, as in sac.py; the default task is made easier.
+5. The temperature starts at 0.1 and the first 10,000 steps are random, as in sac.py; the default task is eased, too.
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """
 
@@ -73,8 +73,8 @@ class Args:
     total_timesteps: int = 40_000  # environment steps
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to go on with; --total-timesteps can make it longer
-    evaluate: str | None = None  # folder of a run to evaluate instead of training
-    video: bool = False  # with --evaluate: also write video.gif into the run folder
+    evaluate: str | None = None  # folder of a run, or a policy's file, to evaluate instead of training
+    video: bool = False  # with --evaluate: also write a GIF beside it
     eval_every: int = 5_000  # steps between evaluations
     eval_episodes: int = 10  # episodes per evaluation
     checkpoint_every: int = 10_000  # steps between checkpoints
@@ -89,17 +89,17 @@ class Args:
     tau: float = 0.005  # share of the critic that its target takes over per update
     policy_lr: float = 3e-4  # Adam's step size for the actor
     q_lr: float = 3e-4  # Adam's step size for the critics and the temperature
-    alpha_init: float = 0.1  # temperature at the start; why, says sac.py's docstring
+    alpha_init: float = 0.1  # temperature at the start; sac.py's docstring says why
     # the mixture
     num_experts: int = 4  # K; the paper's Fig. 1: HalfCheetah 2, Humanoid and HumanoidStandup 10
     primitive_update: Literal["max", "all"] = "max"  # back-propagation-max, or -all: every expert learns
-    selection: Literal["draws", "fresh", "means"] = "means"  # the best expert is chosen by: see update()
+    selection: Literal["draws", "fresh", "means"] = "means"  # what is compared to find the best expert
 
 
 def tanh_gaussian(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Reparameterised a = tanh(u), u = mean + std * noise, and its log density summed over the last dimension.
 
-    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), exact for every u and with a gradient.
+    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), numerically stable and with a finite gradient for every u.
     """
     noise = torch.randn_like(mean)  # (u - mean) / std
     u = mean + log_std.exp() * noise
@@ -115,7 +115,7 @@ def pick(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 class Actor(nn.Module):
     """pi(a|s) = sum_k w_k(s) N_k(a|s): K squashed Gaussians and a gate on one trunk, MLP O-256-256 with ReLU."""
 
-    policies = ("deterministic", "gate")  # what is evaluated, besides the stochastic one at the end
+    policies = ("deterministic", "gate")  # evaluated each time, the stochastic one only at the last three evaluations
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args, hidden: int = 256):
         super().__init__()
@@ -144,7 +144,9 @@ class Actor(nn.Module):
 
     def act(self, obs: torch.Tensor, policy: str) -> torch.Tensor:
         """obs (B, O) -> action (B, A): a sample, or the mean of an expert k ~ w (gate) or of the likeliest."""
-        return self.sample(obs)[0] if policy == "stochastic" else self.choose(obs, policy != "gate")[0].tanh()
+        if policy == "stochastic":
+            return self.sample(obs)[0]
+        return self.choose(obs, likeliest=policy == "deterministic")[0].tanh()
 
 
 class Critic(nn.Module):
@@ -240,7 +242,7 @@ def update(agent: Agent, batch: "Batch", args: Args) -> dict[str, torch.Tensor]:
 
     with torch.no_grad():  # or the target would keep a graph of all its updates
         torch._foreach_lerp_(list(agent.critic_target.parameters()), list(agent.critic.parameters()), args.tau)
-        distance = (mean.tanh()[:, :, None] - mean.tanh()[:, None]).norm(dim=3)  # (B, K, K)
+        distance = (mean.tanh()[:, :, None] - mean.tanh()[:, None]).norm(dim=3)  # (B, K, K), 0 on the diagonal
     return {
         "losses/critic": critic_loss.detach(),
         "losses/actor": actor_loss.detach(),
@@ -300,7 +302,7 @@ class ReplayBuffer:
 
     def __init__(self, size: int, obs_dim: int, action_dim: int, device: str):
         self.count, self.obs_dim = 0, obs_dim
-        self.rows = torch.zeros(size, 2 * obs_dim + action_dim + 2, device=device)
+        self.rows = torch.empty(size, 2 * obs_dim + action_dim + 2, device=device)
 
     def add(self, obs, action, reward: float, terminated: bool, next_obs):
         """Stores one transition in place of the oldest."""
@@ -400,15 +402,18 @@ class Env(gym.Wrapper):
 
 
 def check_memory(args: Args, obs_dim: int, action_dim: int):
-    """Refuses, before anything is created, what would take more memory than the machine has."""
+    """Refuses, before anything is created, what would take more memory than there is."""
     k, memory = getattr(args, "num_experts", 1), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    need = {"buffer_size": 4 * (2 * obs_dim + action_dim + 2) * min(args.buffer_size, args.total_timesteps)}
+    rows = min(args.buffer_size, args.total_timesteps)  # a CPU takes memory for those in use
+    if args.device != "cpu":
+        rows, memory = args.buffer_size, torch.cuda.mem_get_info(args.device)[1]
+    need = {"buffer_size": 4 * (2 * obs_dim + action_dim + 2) * rows}
     need["num_experts"] = 8192 * k * (action_dim + 256)  # weights, gradients, moments; activations of a usual batch
     need["batch_size"] = 8192 * args.batch_size * (1 + k)  # hidden units of both critics, forth and back
     for name, size in need.items():
         with exit_on_error(f"--{name.replace('_', '-')} {getattr(args, name, None)}", "give less"):
             if size > memory:
-                raise ValueError(f"would take {size / 1e9:.0f} GB, the machine has {memory / 1e9:.0f} GB")
+                raise ValueError(f"would take {size / 1e9:.0f} GB, the device has {memory / 1e9:.0f} GB")
 
 
 def evaluate(agent: Agent, env: Env, args: Args, step: int, policy: str, watch=lambda: None) -> dict:
@@ -445,13 +450,15 @@ class Run:
         if saved:
             with exit_on_error(f"--resume {self.folder}", "checkpoint.pt is damaged or of another run"):
                 for name, part in self.parts.items():
-                    part.load_state_dict(saved[name])
+                    part.load_state_dict(saved.pop(name))
                 for rng, state in zip(self.rngs, saved["rng"], strict=True):
                     rng.set_state(state)
                 self.step, self.owed = saved["global_step"], saved["owed"]
                 now, self.info = {"global_step": self.step} | self.info, {key: saved[key] for key in self.info}
                 self.info["resumed"].append(now)  # of its evaluations a longer run keeps those that it has as well:
                 self.eval_rows = [r for r in saved["eval_rows"] if r["policy"] in self.policies(r["global_step"])]
+        else:
+            parts["env"].reset(0)  # evaluation's environment has seeded the generators of random and NumPy
         with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that no other process uses"):
             str(self.folder).encode()
             if not saved and (self.folder / "checkpoint.pt").exists():
@@ -502,7 +509,7 @@ class Run:
         """Adds rows to eval.csv."""
         rows = [evaluate(self.agent, self.eval_env, self.args, self.step, p) for p in self.policies(self.step)]
         self.owed = bool(SIGNALS)
-        if self.owed:
+        if self.owed or not rows:
             return
         for row in rows:
             known = {key: row[key] for key in ("return", "success") if math.isfinite(row[key])}  # few know success

@@ -110,6 +110,24 @@ def test_global_generators_repeat_themselves_and_resume(script, probe, tmp_path)
     assert same(model(whole), model(tmp_path / "run"))
 
 
+def test_global_generators_resume_within_the_first_episode(sac_script, probe, tmp_path):
+    """Evaluation's environment is made, and seeds the generators, after the training's has begun its first episode."""
+    probe(draws=True)
+    whole, run = (train(sac_script, tmp_path / str(n), env_id="Probe-v0", total_timesteps=n) for n in (8, 3))
+    sac_script.main(flags(resume=run, total_timesteps=8))
+    rows = [torch.load(path / "checkpoint.pt", weights_only=True)["buffer"]["rows"] for path in (whole, run)]
+    assert torch.equal(*rows)
+
+
+def test_a_longer_run_forgets_an_evaluation_that_its_old_end_owed(sac_script, tmp_path, monkeypatch):
+    """Its end was no multiple of --eval-every, and the evaluation there was cut short."""
+    run = train(sac_script, tmp_path / "run", total_timesteps=170)
+    saved = torch.load(run / "checkpoint.pt", weights_only=True) | {"owed": True}
+    torch.save(saved, run / "checkpoint.pt")
+    sac_script.main(flags(resume=run, total_timesteps=220))
+    assert same(model(run), model(train(sac_script, tmp_path / "whole")))
+
+
 @pytest.mark.parametrize("wrapper", [gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward])
 def test_normalisers_that_outlive_an_episode_are_refused(script, wrapper, capsys):
     gym.register("Normal-v0", lambda: wrapper(gym.make("Pendulum-v1")), max_episode_steps=50)

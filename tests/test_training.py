@@ -48,8 +48,8 @@ def same(a: dict, b: dict) -> bool:
 
 
 def flags(**values) -> list[str]:
-    words = {f"--{k.replace('_', '-')}": v for k, v in values.items() if v is not False}
-    return [w for k, v in words.items() for w in ([k] if v is True else [k, str(v)])]
+    words = {f"--{'no-' * (v is False)}{k.replace('_', '-')}": v for k, v in values.items()}
+    return [w for k, v in words.items() for w in ([k] if isinstance(v, bool) else [k, str(v)])]
 
 
 def start(script_name, *arguments, cwd=None, path=ALGOS):
@@ -484,7 +484,7 @@ WRONG_SAC = {
     "learning rate nan": (dict(policy_lr=math.nan), "--policy-lr nan"),
     "buffer larger than memory": (
         dict(buffer_size=10**12, total_timesteps=10**12),
-        "--buffer-size 1000000000000: would take .* GB, the machine has .*; give less",
+        "--buffer-size 1000000000000: would take .* GB, the device has .*; give less",
     ),
     "learning rate infinite": (dict(q_lr=math.inf), "--q-lr inf"),
 }
