@@ -36,8 +36,8 @@ left side from draws and the right side with p from a quadrature, or from other 
 Writes results/gradients.md and results/figures/gradients.png.
 """
 
+import argparse
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -287,7 +287,8 @@ Below: variance of one draw, relative to the squared norm of the exact gradient,
 """
     for problem, rows in tables.items():
         for row in rows:
-            numbers = (f"{row[name]:.3g}" for name in ("cosine", "bias", "noise", "variance", "per evaluation"))
+            numbers = [f"{row['cosine']:.3f}"]
+            numbers += [f"{row[name]:.3g}" for name in ("bias", "noise", "variance", "per evaluation")]
             text += f"| {problem} | {row['estimate']} | {row['evaluations']} | {' | '.join(numbers)} |\n"
     text += """
 Theorem 3.1 of the PMOE paper, means over the states, and the largest difference of a state:
@@ -317,9 +318,10 @@ def main(paths: list[Path], folder: Path = FOLDER, draws: int = 20_000, draws_tr
 
 
 if __name__ == "__main__":
-    if any(argument.startswith("-") for argument in sys.argv[1:]):
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = sorted(FOLDER.glob("policies/*/sac_pmoe/s1.pt"))
+    parser.add_argument("policies", type=Path, nargs="*", default=known, help="files that have the critics, too")
     try:
-        print(main([Path(x) for x in sys.argv[1:]] or sorted(FOLDER.glob("policies/*/sac_pmoe/s1.pt"))))
+        print(main(parser.parse_args().policies))
     except (OSError, ValueError) as error:
-        sys.exit(f"gradients.py: {error}")
+        parser.exit(2, f"gradients.py: {error}\n")

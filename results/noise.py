@@ -14,7 +14,6 @@ in noise.csv, beside the labels.
 import argparse
 import csv
 import dataclasses
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -130,4 +129,4 @@ if __name__ == "__main__":
         if options.figure:
             print(draw(options.figure, FOLDER / "figures" / f"{options.figure.name}-noise.png"))
     except (OSError, ValueError) as error:
-        sys.exit(f"noise.py: {error}")
+        parser.exit(2, f"noise.py: {error}\n")

@@ -19,8 +19,8 @@ clusters weighted by their states:
 The picture is of the common states' largest cluster; where actions have two or three dimensions they are shown as well.
 """
 
+import argparse
 import csv
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,8 +108,10 @@ def picture(panels: dict[str, Cluster], file: Path):
             if tsne:
                 perplexity = min(30, (len(flat) - 1) // 3)
                 flat = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(flat.astype(np.float64))
-                axis.set_xticks([])
-                axis.set_yticks([])
+                axis.set(xticks=[], yticks=[])
+            else:
+                sides = "xyz"[:dimensions]
+                axis.set(**{f"{side}lim": (-1, 1) for side in sides}, **{f"{side}ticks": (-1, 0, 1) for side in sides})
             points = flat.reshape(*actions.shape[:2], -1)
             for k in range(points.shape[1]):
                 axis.scatter(*points[:, k].T, s=3, color=plt.get_cmap("tab20" if points.shape[1] > 10 else "tab10")(k))
@@ -149,9 +151,9 @@ def main(paths: list[Path], figures: Path = FOLDER / "figures") -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("policies", type=Path, nargs="+", help="files of results/policies, one of each label")
     try:
-        print(main([Path(argument) for argument in sys.argv[1:]]))
+        print(main(parser.parse_args().policies))
     except (OSError, ValueError) as error:
-        sys.exit(f"primitives.py: {error}")
+        parser.exit(2, f"primitives.py: {error}\n")

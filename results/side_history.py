@@ -17,7 +17,6 @@ and, as in sides.csv, p_left, modes, modes_u, gate, success, left, right of the 
 import argparse
 import json
 import shlex
-import sys
 import tempfile
 from pathlib import Path
 
@@ -83,4 +82,4 @@ if __name__ == "__main__":
     try:
         print(main(options.run_dir, options.every))
     except (OSError, ValueError) as error:
-        sys.exit(f"side_history.py: {error}")
+        parser.exit(2, f"side_history.py: {error}\n")

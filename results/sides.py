@@ -15,9 +15,9 @@ and of the stochastic policy at the start:
 A mode counts if the density's minima on both sides of it enclose at least 1% of the probability.
 """
 
+import argparse
 import dataclasses
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -118,10 +118,10 @@ def main(path: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit(__doc__)
-    for argument in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("policies", type=Path, nargs="+", help="folders of finished runs, or files of results/policies")
+    for path in parser.parse_args().policies:
         try:
-            print(main(Path(argument)))
+            print(main(path), flush=True)
         except (OSError, ValueError) as error:
-            sys.exit(f"sides.py: {error}")
+            parser.exit(2, f"sides.py: {error}\n")

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,6 +205,18 @@ def test_sides_do_not_count_below_nine_tenths(sides, sac):
         assert row["entropy"] == ("0.0000" if known else "")
 
 
+def test_policies_of_every_script(sides, script, tmp_path, monkeypatch):
+    """Untrained, so that nobody arrives; what a mixture has beside one Gaussian is its gate."""
+    monkeypatch.setattr(sides, "EPISODES", 2)
+    args = script.Args(env_id=MIRROR)
+    save(script, script.Agent(11, 2, args), args, tmp_path / "s1.pt")
+    rows, mixture = run(sides, tmp_path / "s1.pt"), "num_experts" in vars(args)
+    assert set(rows) == ({"stochastic", "gate"} if mixture else {"stochastic"})
+    row = rows["stochastic"]
+    assert (row["episodes"], row["success"], row["left"], row["right"], row["entropy"]) == ("2", "0.0", "0", "0", "")
+    assert len(row["gate"].split()) == (args.num_experts if mixture else 0)
+
+
 def test_refusals(sides, sac, tmp_path):
     args = sac.Args(env_id="moe_envs:TargetReaching-v0?layout=fixed")
     agent = sac.Agent(17, 2, args)
@@ -229,6 +242,14 @@ def test_best_action_of_each_side(history):
 
     q_left, q_right = history.best(critic, np.zeros(11, np.float32))
     assert q_left == pytest.approx(3) and q_right == pytest.approx(-5)  # at (-0.7, 0.4), and at a_x = 0.5
+
+
+def test_history_is_of_runs_with_two_critics(history, tmp_path):
+    info = {"script": "ppo", "args": {"env_id": MIRROR}, "command": "python algos/ppo.py"}
+    (tmp_path / "run.json").write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="not of SAC on layout=mirror"):
+        history.main(tmp_path, every=10)
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_history_repeats_the_run(sides, history, pmoe, tmp_path, capsys):
