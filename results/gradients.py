@@ -248,7 +248,7 @@ def draw(tables: dict[str, list[dict]], file: Path):
     figure, axes = plt.subplots(2, len(tables), sharey=True, sharex="row", squeeze=False, layout="constrained")
     figure.set_size_inches(1.2 + 2.3 * len(tables), 4.6)
     for (above, below), (problem, rows) in zip(axes.T, tables.items(), strict=True):
-        above.set_title(problem, fontsize=9)
+        above.set_title(problem.replace(", ", "\n"), fontsize=9)
         style = {"widths": 0.6, "whis": (5, 95), "showfliers": False, "medianprops": {"color": "black"}}
         data = [row["cosines"].numpy() for row in rows]
         boxes = above.boxplot(data, orientation="horizontal", patch_artist=True, **style)
@@ -281,6 +281,8 @@ Written by `python results/gradients.py`; its docstring defines the estimates, t
 
 Above: cosine of the mean gradient with the exact one in each of {STATES} states (box: quartiles, whiskers: 5% and 95%).
 Below: variance of one draw, relative to the squared norm of the exact gradient, times the evaluations of Q it needs.
+Where the noise of the bias is not small, the mean has not settled, and its cosine is too small: the score without a
+baseline needs more draws than these.
 
 | problem | estimate | evaluations of Q | cosine | bias | noise of the bias | variance | variance x evaluations |
 |---|---|---:|---:|---:|---:|---:|---:|
