@@ -101,9 +101,9 @@ SUITES = {
         range(1, 6),
         {
             "sac": "sac",
-            "sac_pmoe": "sac_pmoe",
-            "sac_pmoe-draws": "sac_pmoe --selection draws",  # the paper's form
-            "sac_pmoe-all": "sac_pmoe --primitive-update all",
+            "sac_pmoe": "sac_pmoe --selection draws",  # the paper's form
+            "sac_pmoe-means": "sac_pmoe --selection means",
+            "sac_pmoe-all": "sac_pmoe --selection means --primitive-update all",
         },
     ),
     "target-reaching-variants": Suite(
@@ -112,15 +112,20 @@ SUITES = {
         range(1, 4),
         {
             "sac_pmoe-fresh": "sac_pmoe --selection fresh",
-            "sac_pmoe-alpha1": "sac_pmoe --alpha-init 1",
-            "sac_pmoe-bonus0.1": "sac_pmoe --env-id moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10",
+            "sac_pmoe-alpha1": "sac_pmoe --selection draws --alpha-init 1",
+            "sac_pmoe-bonus0.1": "sac_pmoe --selection draws"
+            " --env-id moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10",
         },
     ),
     "halfcheetah": Suite(
         "HalfCheetah-v5",
         HALFCHEETAH,
         range(1, 4),
-        {"sac": "sac", "sac_pmoe": "sac_pmoe --num-experts 2"},
+        {
+            "sac": "sac",
+            "sac_pmoe": "sac_pmoe --num-experts 2 --selection draws",
+            "sac_pmoe-means": "sac_pmoe --num-experts 2 --selection means",
+        },
     ),
     "halfcheetah-medium": Suite(
         "HalfCheetah-v5",
