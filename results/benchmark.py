@@ -318,8 +318,8 @@ def extras(run_dir: Path) -> bool:
     keep_policy(run_dir)
     if any(folder.glob("events.out.tfevents.*")):
         names.append("scalars")
-    if run_dir.parts[-3].startswith(TARGET_REACHING) and (folder / "checkpoint.pt").exists():
-        names.append("trajectories")  # of the layout that is drawn
+    if run_dir.parts[-3].startswith("TargetReaching") and (folder / "policy.pt").exists():
+        names += ["trajectories"] * (not (folder / "moe.csv").exists())  # of one task
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     commands = [
         [sys.executable, f"results/{name}.py", str(run_dir)] for name in names if not (folder / f"{name}.csv").exists()

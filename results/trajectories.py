@@ -1,92 +1,81 @@
-"""Writes where a trained agent flies in TargetReaching: RUN_DIR/trajectories.csv, for results/plot.py.
+"""Writes where a trained policy flies in TargetReaching, and which expert acts: RUN_DIR/trajectories.csv, layout.csv.
 
 python results/trajectories.py results/runs/TargetReaching-v0-fixed/sac_pmoe/s1
 
-Columns panel,episode,step,x,y. The panels are
-* stochastic: 10 episodes of the policy as it explores;
-* expert_k, if the policy is a mixture: 5 episodes in which expert k alone acts everywhere, with its own noise. Its
-  noise-free mean would fly one and the same path five times here, and hide how wide the expert is;
-* exploration, if there is a replay: the first 20,000 steps of the training (by default 10,000 random ones, then the
-  policy's first 10,000), from the replay rows of checkpoint.pt; `step` is the global step.
-Every 4th step of an episode and its last, every 10th of the exploration. The same model gives the same file.
+The policy is RUN_DIR/policy.pt or the committed one, results/policies/<environment>/<label>/s<seed>.pt. Columns
+panel,episode,step,x,y,expert: the expert acted in the step that led there. The panels are
+* stochastic: 10 episodes of the policy as it explores, all in the layout of the first evaluation's first episode;
+* expert_k, if the policy is a mixture: 5 episodes there in which expert k alone acts, with its own noise;
+* cells, if checkpoint.pt still has the replay of the first 10,000 steps and they are not all random: the middle of each
+  cell of side 0.5 that was seen in them, and the step at which it was first seen.
+Every 2nd step of an episode and its last. layout.csv (thing,x,y,radius) has start, target and obstacles. The same
+policy gives the same files.
 """
 
-import importlib.util
-import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
+from agents import Saved, load_script, policy_file  # noqa: F401 (load_script: speed.py)
 
-EPISODES, EXPERT_EPISODES, EPISODE_STRIDE = 10, 5, 4
-EXPLORATION_STEPS, EXPLORATION_STRIDE = 20_000, 10
-EDGE = 5.0  # the observation holds position / EDGE
-
-
-def load_script(name: str):
-    """The module algos/NAME.py."""
-    path = Path(__file__).resolve().parent.parent / "algos" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+EPISODES, EXPERT_EPISODES, STRIDE = 10, 5, 2
+FIRST_STEPS, CELL = 10_000, 0.5
+EDGE, TARGET_RADIUS = 5.0, 0.5  # of the environment, whose observation is scaled by EDGE
 
 
-def fly(script, args, env, policy, episodes: int) -> list[tuple]:
-    """(episode, step, x, y) of `policy`, a function of a batch of observations."""
+def fly(saved: Saved, episodes: int) -> list[str]:
+    """Rows episode,step,x,y,expert of the stochastic policy."""
+    torch.manual_seed(saved.args.seed)
     rows = []
-    torch.manual_seed(args.seed)
     for episode in range(episodes):
-        obs, info = env.reset(seed=script.episode_seed(args.seed, episode, evaluation=True))
-        step, done = 0, False
-        rows.append((episode, step, *info["position"]))
-        while not done:
-            obs, _, terminated, truncated, info = env.step(script.act(policy, obs, args.device))
-            step, done = step + 1, terminated or truncated
-            if done or step % EPISODE_STRIDE == 0:
-                rows.append((episode, step, *info["position"]))
+        path = [(*info["position"], "" if k is None else k) for _, info, k in saved.episode(0, "stochastic")]
+        last = len(path) - 1
+        for step, (x, y, expert) in enumerate(path):
+            if step % STRIDE == 0 or step == last:
+                rows.append(f"{episode},{step},{x:.2f},{y:.2f},{expert}")
     return rows
 
 
-def explored(buffer: dict) -> list[tuple]:
-    """(episode, step, x, y) of the first training steps; none if the ring has overwritten them."""
-    if buffer["first"]:
-        return []
-    starts = buffer["starts"][: min(buffer["count"], EXPLORATION_STEPS)]
-    steps = torch.arange(len(starts))
-    episodes = starts - steps  # every finished episode has taken one row more than it has steps
-    positions = buffer["obs"][starts, :2] * EDGE
-    rows = zip(episodes.tolist(), steps.tolist(), *positions.T.tolist(), strict=True)
-    return list(rows)[::EXPLORATION_STRIDE]
+def layout(saved: Saved) -> list[str]:
+    """Rows thing,x,y,radius, from the first observation: position, velocity, acceleration, target, discs, radii."""
+    obs = np.float64(saved.env.reset(0)[0])
+    start, target, n = obs[:2] * EDGE, (obs[:2] + obs[6:8]) * EDGE, (len(obs) - 8) // 3
+    centres = (obs[8 : 8 + 2 * n].reshape(n, 2) + obs[:2]) * EDGE
+    things = [("start", *start, 0), ("target", *target, TARGET_RADIUS)]
+    things += [("obstacle", *centre, radius) for centre, radius in zip(centres, obs[8 + 2 * n :], strict=True)]
+    return [f"{thing},{x:.3f},{y:.3f},{radius:.3f}" for thing, x, y, radius in things]
+
+
+def cells(checkpoint: dict) -> list[str]:
+    """Rows episode,step,x,y,expert of the cells that the first steps saw: episode 0, no expert."""
+    rows, count = checkpoint["buffer"]["rows"], checkpoint["buffer"]["count"]
+    if count > len(rows) or count < FIRST_STEPS or checkpoint["args"]["learning_starts"] >= FIRST_STEPS:
+        return []  # the oldest are overwritten; or there is nothing to see
+    action_dim = 2
+    obs_dim = (rows.shape[1] - 2 - action_dim) // 2  # a row: obs, reward, terminated, next_obs, action
+    places = torch.stack([rows[:FIRST_STEPS, :2], rows[:FIRST_STEPS, obs_dim + 2 : obs_dim + 4]], 1) * EDGE  # (T, 2, 2)
+    cell = (places / CELL).floor().flatten(0, 1).int().numpy()  # (2 T, 2)
+    found, first = np.unique(cell, axis=0, return_index=True)
+    inside = (np.abs(found + 0.5) < EDGE / CELL).all(1)  # not behind the wall
+    seen = sorted(zip((first[inside] // 2).tolist(), found[inside].tolist(), strict=True))
+    return [f"0,{step},{(i + 0.5) * CELL:.2f},{(j + 0.5) * CELL:.2f}," for step, (i, j) in seen]
 
 
 def main(run_dir: Path) -> Path:
-    run = json.loads((run_dir / "run.json").read_text())
-    script = load_script(run["script"])
-    args = script.Args(**run["args"] | {"device": "cpu"})
-    checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-    torch.set_num_threads(1)
-    env = script.make_env(args.env_id)
-    agent = script.Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
-    agent.load_state_dict(checkpoint["agent"])
-
-    panels = {"stochastic": fly(script, args, env, lambda obs: agent.actor.sample(obs)[0], EPISODES)}
-    mixture = len(agent.actor(torch.zeros(1, env.observation_space.shape[0]))) == 3  # mean, log_std, w; PPO: mean, w, V
-    for k in range(args.num_experts if mixture else 0):
-
-        def expert(obs, k=k):
-            if "buffer" in checkpoint:
-                mean, log_std, _ = agent.actor(obs)  # (B, K, A) each
-                return (mean[:, k] + log_std[:, k].exp() * torch.randn_like(mean[:, k])).tanh()
-            mean = agent.actor(agent.actor.normalize(obs))[0][:, k]
-            return (mean + agent.actor.log_std[k].exp() * torch.randn_like(mean)).clamp(-1, 1)
-
-        panels[f"expert_{k}"] = fly(script, args, env, expert, EXPERT_EPISODES)
-    if "buffer" in checkpoint:
-        panels["exploration"] = explored(checkpoint["buffer"])
-    lines = [f"{name},{e},{step},{x:.2f},{y:.2f}" for name, rows in panels.items() for e, step, x, y in rows]
+    saved = Saved(policy_file(run_dir))
+    panels = {"stochastic": fly(saved, EPISODES)}
+    for k in range(saved.experts):
+        saved.alone = k
+        panels[f"expert_{k}"] = fly(saved, EXPERT_EPISODES)
+    if (run_dir / "checkpoint.pt").exists():
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if "buffer" in checkpoint:  # PPO has none
+            panels["cells"] = cells(checkpoint)
+    (run_dir / "layout.csv").write_text("\n".join(["thing,x,y,radius", *layout(saved), ""]))
+    lines = [f"{name},{row}" for name, rows in panels.items() for row in rows]
     path = run_dir / "trajectories.csv"
-    path.write_text("\n".join(["panel,episode,step,x,y", *lines, ""]))
+    path.write_text("\n".join(["panel,episode,step,x,y,expert", *lines, ""]))
     return path
 
 
