@@ -140,33 +140,31 @@ def learning(data: Data, path: Path):
     save(figure, path)
 
 
-def mujoco(data: Data, folders: dict[str, list[str]], labels: list[str], path: Path, of_training: bool) -> bool:
-    """One panel per task: labels of its first folder, and of others (dashed); whether there was anything to draw."""
-    colours, drawn = palette(labels), []
-    for task, places in folders.items():
-        parts = [(i, data.of(folder, label)) for i, folder in enumerate(places) for label in labels]
-        parts = [(i, part) for i, part in parts if len(part.runs)]
-        if parts:
-            drawn.append((task, parts))
+def mujoco(data: Data, folders: dict[str, list[str]], labels: list[str], path: Path, of_training: bool):
+    """One panel per task that has runs: the labels in its first folder and, beside them, in a second one.
+
+    Where there are runs in a second one, lines of the first are dashed.
+    """
+    drawn = {
+        task: [(i, data.of(f, label)) for i, f in enumerate(fs) for label in labels] for task, fs in folders.items()
+    }
+    drawn = {task: [(i, part) for i, part in parts if len(part.runs)] for task, parts in drawn.items()}
+    drawn = {task: parts for task, parts in drawn.items() if parts}
     if not drawn:
-        return False
+        return
+    second = any(i for parts in drawn.values() for i, _ in parts)
     figure, axes = panels(len(drawn), min(3, len(drawn)))
-    for axis, (task, parts) in zip(axes, drawn, strict=True):
-        names, dashed = {}, []
-        for i, part in parts:
-            label = part.runs.label.iloc[0]
-            name = label + ", KL limited" * i
-            dashed += [name] * (i == 0 and len({i for i, _ in parts}) > 1)
-            names[name] = (training(part) if of_training else evaluated(part, "return")).assign(label=name)
-            colours[name] = colours[label]
-        lines(axis, pd.concat(names.values()), colours, tuple(dashed))
-        number = max(part.experts() for _, part in parts)
+    for axis, (task, parts) in zip(axes, drawn.items(), strict=True):
+        names = [part.runs.label.iloc[0] + ", KL limited" * i for i, part in parts]
+        tables = [training(part) if of_training else evaluated(part, "return") for _, part in parts]
+        shown = pd.concat([table.assign(label=name) for name, table in zip(names, tables, strict=True)])
+        colours = {name: palette(labels)[name.partition(",")[0]] for name in names}
+        lines(axis, shown, colours, dashed=tuple(labels) if second else ())
         seeds = sorted({count(part) for _, part in parts})
-        axis.set_title(f"{task}, K = {number}, {' and '.join(seeds)}", fontsize=8)
+        axis.set_title(f"{task}, K = {max(part.experts() for _, part in parts)}, {' and '.join(seeds)}", fontsize=8)
         axis.set_ylabel("return of training episodes" if of_training else "return of evaluations")
     legend(figure, axes)
     save(figure, path)
-    return True
 
 
 def number_of_experts(data: Data, path: Path):
@@ -200,7 +198,8 @@ def dots(groups: dict[str, dict[str, pd.Series]], path: Path, ylabel: str):
             axis.plot(x, values.mean(), "_", color="k", markersize=16)
         seeds = sorted({len(values) for values in group.values()})
         axis.set_title(f"{title}, {' or '.join(map(str, seeds))} seeds", fontsize=8)
-        axis.set(xlabel="", ylabel=ylabel if axis in axes[::4] else "", ylim=(0, 1.08 * axis.get_ylim()[1]))
+        axis.set(xlabel="", ylabel=ylabel if axis in axes[::4] else "")
+        axis.set(xlim=(-0.5, len(group) - 0.5), ylim=(0, 1.08 * axis.get_ylim()[1]))
         axis.set_xticks(range(len(group)), group, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
     save(figure, path)
 

@@ -17,10 +17,10 @@ MADE = "<!-- python results/plot.py makes this page; what is written by hand is 
 ALGORITHMS = {"sac": "SAC", "ppo": "PPO"}  # of published.csv, by the beginning of a script's name
 
 
-def markdown(rows: list[dict], keep: tuple[str, ...] = ()) -> list[str]:
+def markdown(rows: list[dict]) -> list[str]:
     """A table; columns without any content are left out."""
     columns = [c for c in dict.fromkeys(c for row in rows for c in row)]
-    columns = [c for c in columns if c in keep or any(row.get(c, "-") not in ("-", "") for row in rows)]
+    columns = [c for c in columns if any(row.get(c, "-") not in ("-", "") for row in rows)]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     return [*lines, *("| " + " | ".join(str(row.get(c, "-")) for c in columns) + " |" for row in rows), ""]
 
@@ -171,6 +171,8 @@ def by_architecture(data: Data) -> dict[str, Data]:
     """A figure's worth of labels each: one architecture and the baseline; the key ends the name of its files."""
     groups, plain = {}, []
     for label, part in data.by_label.items():
+        if label.startswith("alone-"):  # on one task: a constant of the others
+            continue
         args = part.args()
         name = args["actor_moe"] if args["actor_moe"] != "baseline" else args["critic_moe"]
         if name == "baseline":
@@ -243,16 +245,14 @@ def provenance(data: Data) -> list[str]:
 # The claims
 
 
-COLUMNS = ("compared", "seen", "numbers", "caveat", "figure")
-
-
 def table_of_claims(decided: list[dict], figures: Path) -> list[str]:
     """claim | compared | seen | numbers | caveat | figure, in the order of the file, paper by paper."""
     rows, paper = [], None
     for claim in decided:
         if claim["paper"] != paper:
             paper = claim["paper"]
-            rows.append({"claim": f"**{paper}**"} | dict.fromkeys(COLUMNS, ""))
+            empty = dict.fromkeys(("compared", "seen", "numbers", "caveat", "figure"), "")
+            rows.append({"claim": f"**{paper}**"} | empty)
         file = figures / f"{claim.get('figure')}.png"
         row = {"claim": claim["claim"], "compared": claim["compared"], "seen": f"**{claim['seen']}**"}
         row |= {"numbers": claim["numbers"], "caveat": claim.get("caveat", "")}
