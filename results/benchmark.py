@@ -320,6 +320,7 @@ def extras(run_dir: Path) -> bool:
         names.append("scalars")
     if run_dir.parts[-3].startswith("TargetReaching") and (folder / "policy.pt").exists():
         names += ["trajectories"] * (not (folder / "moe.csv").exists())  # of one task
+        names += ["sides"] * ("-mirror" in run_dir.parts[-3])
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     commands = [
         [sys.executable, f"results/{name}.py", str(run_dir)] for name in names if not (folder / f"{name}.csv").exists()

@@ -2,11 +2,13 @@
 
 A claim of the kind `test` compares one measure of two labels, run by run: exact permutation within each task, then
 Holm's correction over the tested claims of its paper, in which one without runs counts as p = 1. One of the kind `seen`
-is a property of a policy, for which no test fits: it counts the runs on either side of a bound.
+is a property of a policy, for which no test fits: it counts the runs on either side of a bound. `table` is what another
+script has written.
 """
 
 import math
 import tomllib
+from pathlib import Path
 from typing import NamedTuple
 
 import measures
@@ -41,7 +43,7 @@ def read() -> list[dict]:
     return claims
 
 
-def decide(data: Data) -> list[dict]:
+def decide(data: Data, root: Path) -> list[dict]:
     """The claims with `seen`, `numbers`, `tasks` and, where they are tested, p before and after Holm's correction."""
     claims = [with_tasks(claim, data) for claim in read()]
     for paper in {claim["paper"] for claim in claims}:
@@ -53,13 +55,23 @@ def decide(data: Data) -> list[dict]:
             claim["holm"] = p
     for claim in claims:
         describe(claim)
+        if claim["kind"] == "table" and (root / claim["file"]).exists():
+            claim |= from_table(claim, pd.read_csv(root / claim["file"]))
     return claims
+
+
+def from_table(claim: dict, table: pd.DataFrame) -> dict:
+    """`numbers` and `seen` of what another script has measured on saved policies."""
+    for column, value in claim["where"].items():
+        table = table[table[column] == value]
+    values = {row["label"]: number(row[claim["column"]]) for row in table.to_dict("records")}
+    return {"numbers": "; ".join(f"`{label}` {x}" for label, x in values.items()), "seen": "open (no test)"}
 
 
 def with_tasks(claim: dict, data: Data) -> dict:
     """Adds what was run; where nothing was, what its table `instead` names."""
     tasks = []
-    parts = [claim, *(claim | part for part in claim.get("also", []))] if claim["kind"] != "none" else []
+    parts = [claim, *(claim | part for part in claim.get("also", []))] if "folders" in claim else []
     for part, folder in [(each, name) for each in parts for name in each["folders"]]:
         sides = [labelled(data, folder, part["one"]), labelled(data, part.get("other_folder", folder), part["other"])]
         if not all(len(side.runs) for side in sides):
@@ -95,7 +107,7 @@ def relative_return(values: pd.DataFrame, data: Data, folder: str) -> pd.DataFra
 def describe(claim: dict):
     """Adds `compared`, `seen` and `numbers`."""
     tasks, measure = claim["tasks"], claim.get("measure", "")
-    if claim["kind"] != "none":
+    if "folders" in claim:
         parts = [claim, *(claim | part for part in claim.get("also", []))]
         pairs = dict.fromkeys((part["one"], part["other"]) for part in parts)
         labels = claim.get("labels") or ", ".join(f"`{one}` and `{other}`" for one, other in pairs)

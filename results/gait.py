@@ -13,18 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from agents import Saved, policy_file
+from policy import Player, load
 
 EPISODES, START = 3, 200
 PITCH = 1  # in the observation of HalfCheetah-v5
 
 
 def main(run_dir: Path) -> Path:
-    saved, lines = Saved(policy_file(run_dir)), ["policy,episode,return,upright"]
-    torch.manual_seed(saved.args.seed)
-    for policy in saved.policies:
+    player, lines = Player(load(run_dir)), ["policy,episode,return,upright"]
+    torch.manual_seed(player.saved.args.seed)
+    for policy in player.policies:
         for episode in range(EPISODES):
-            steps = list(saved.episode(episode, policy))
+            steps = list(player.episode(episode, policy))
             upright = np.mean([math.cos(obs[PITCH]) for obs, _, _ in steps[1:][START:]])
             lines.append(f"{policy},{episode},{steps[-1][1]['episode']['r']:.1f},{upright:.3f}")
     path = run_dir / "gait.csv"

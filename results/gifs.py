@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 import torch
 import trajectories
-from agents import RESULTS, Saved, policy_file
 from matplotlib.colors import to_hex
 from PIL import Image, ImageColor
+from policy import FOLDER, Player, load
 
 MOST = 2_000_000  # bytes
 EPISODES, STRIDE = 5, 4  # steps between the frames of a flight
@@ -28,14 +28,14 @@ SIZE, FRAMES, BAR = 240, 90, 10  # pixels and frames of another task's picture, 
 PACE = 50  # ms per frame
 
 
-def flights(saved: Saved) -> list[Image.Image]:
+def flights(player: Player) -> list[Image.Image]:
     """The map, where paths grow; earlier episodes stay, fainter."""
-    table = pd.read_csv(io.StringIO("\n".join(["thing,x,y,radius", *trajectories.layout(saved)])))
+    table = pd.read_csv(io.StringIO("\n".join(["thing,x,y,radius", *trajectories.layout(player.saved.env)])))
     figure, axis = plt.subplots(figsize=(3, 3), dpi=100, layout="constrained")
     maps.arena(axis, table)
     frames = []
     for _ in range(EPISODES):
-        path = [(info["position"], k) for _, info, k in saved.episode(0, "stochastic")]
+        path = [(info["position"], k) for _, info, k in player.episode(0, "stochastic")]
         places, drawn = np.array([place for place, _ in path]), []
         (dot,) = axis.plot(*places[0], "o", color="k", markersize=4)
         for step in range(1, len(path)):
@@ -50,12 +50,12 @@ def flights(saved: Saved) -> list[Image.Image]:
     return frames
 
 
-def pictures(saved: Saved) -> list[Image.Image]:
+def pictures(player: Player) -> list[Image.Image]:
     """What the environment shows, every second step after the first 200, under a bar in the acting expert's colour."""
     frames = []
-    for step, (_, _, k) in enumerate(saved.episode(0, "stochastic")):
+    for step, (_, _, k) in enumerate(player.episode(0, "stochastic")):
         if step >= 200 and step % 2 == 0:
-            frames.append(Image.fromarray(saved.env.render()).resize((SIZE, SIZE)))
+            frames.append(Image.fromarray(player.saved.env.render()).resize((SIZE, SIZE)))
             frames[-1].paste(ImageColor.getrgb(to_hex(maps.colour(k))), (0, 0, SIZE, BAR))
         if len(frames) == FRAMES:
             break
@@ -64,10 +64,10 @@ def pictures(saved: Saved) -> list[Image.Image]:
 
 def main(run_dir: Path) -> Path:
     reaching = run_dir.resolve().parts[-3].startswith("TargetReaching")
-    saved = Saved(policy_file(run_dir), **({} if reaching else {"render_mode": "rgb_array"}))
-    torch.manual_seed(saved.args.seed)
-    frames = (flights if reaching else pictures)(saved)
-    path = RESULTS / "figures" / ("target-reaching.gif" if reaching else "halfcheetah.gif")
+    player = Player(load(run_dir, **({} if reaching else {"render_mode": "rgb_array"})))
+    torch.manual_seed(player.saved.args.seed)
+    frames = (flights if reaching else pictures)(player)
+    path = FOLDER / "figures" / ("target-reaching.gif" if reaching else "halfcheetah.gif")
     sheet = Image.fromarray(np.hstack(frames[:: max(1, len(frames) // 12)]))
     colours = sheet.quantize(64)  # one palette for all
     frames = [frame.quantize(palette=colours, dither=Image.Dither.NONE) for frame in frames]

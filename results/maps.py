@@ -97,5 +97,6 @@ def paths(data: Data, labels: list[str], alone: dict[str, int], path: Path, one_
     names |= {None: "one Gaussian, or expert not recorded"} if None in experts else {}
     keys = [Line2D([], [], color=colour(k), label=name) for k, name in names.items()]
     figure.legend(handles=keys, loc="outside upper center", ncols=5, fontsize=8)
+    figure.supxlabel(data.folder(), fontsize=7)
     save(figure, path)
     return True

@@ -145,6 +145,11 @@ def ways(data: Data) -> pd.Series:
     return pd.Series({seed: len(found) for seed, found in sides.items()}, dtype=float)
 
 
+def side_entropy(data: Data) -> pd.Series:
+    """Entropy of the side that the stochastic policy takes on the mirror layout, where it arrives often enough."""
+    return data.sides[data.sides.policy == "stochastic"].set_index("seed").entropy.astype(float)
+
+
 MEASURES: dict[str, tuple[Callable, ...]] = {
     "area": (area, "return"),
     "area of success": (area, "success"),
@@ -164,6 +169,7 @@ MEASURES: dict[str, tuple[Callable, ...]] = {
     "clipped": (logged, "policy/clipped", "median"),
     "cells seen": (cells,),
     "ways": (ways,),
+    "entropy of the side": (side_entropy,),
 }
 SHARES = ("area of success", "success at the end", "stochastic success", "entropy of the gate", "clipped", "cells seen")
 for _network in ("actor", "critic"):

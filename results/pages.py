@@ -14,6 +14,7 @@ from curves import NETWORKS
 from reading import TEXT, Data, natural, policy_name
 
 MADE = "<!-- python results/plot.py makes this page; what is written by hand is in results/text -->"
+LOCAL = re.compile(r"\]\(([\w./-]+\.(?:png|md|csv))\)")  # targets of links and pictures in this folder
 ALGORITHMS = {"sac": "SAC", "ppo": "PPO"}  # of published.csv, by the beginning of a script's name
 
 
@@ -83,9 +84,12 @@ def one_task(data: Data, figures: Path) -> list[str]:
     if cells:
         curves.dots({folder: cells}, figures / f"{folder}-cells.png", "share of cells seen")
         lines += picture(figures / f"{folder}-cells.png", f"{folder}, exploration", "cells")
+    if len(data.history):
+        curves.side_history(data, figures / f"{folder}-history.png")
+        lines += picture(figures / f"{folder}-history.png", f"{folder}, both sides over training", "history")
     rows = [returns(part) for part in data.by_label.values()]
     policies = [policy(part) for part in data.by_label.values()]
-    return [*lines, *markdown(rows), *markdown(policies), *gait(data)]
+    return [*lines, *markdown(rows), *markdown(policies), *sides(data), *gait(data)]
 
 
 def has_cells(data: Data) -> bool:
@@ -125,6 +129,12 @@ def policy(data: Data) -> dict[str, str]:
     ways = measures.of(data, "ways") if (data.paths.panel == "stochastic").any() else []
     row["seeds that keep both ways"] = f"{int((ways == 2).sum().iloc[0])} of {len(ways)}" if len(ways) else "-"
     return row
+
+
+def sides(data: Data) -> list[str]:
+    """Where sides.csv is: which way the episodes go, seed by seed."""
+    names = ["label", "seed", "policy", "success", "left", "right", "entropy", "p_left", "modes", "gate"]
+    return markdown(data.sides[names].astype(object).fillna("").to_dict("records")) if len(data.sides) else []
 
 
 def gait(data: Data) -> list[str]:
@@ -256,7 +266,9 @@ def table_of_claims(decided: list[dict], figures: Path) -> list[str]:
         file = figures / f"{claim.get('figure')}.png"
         row = {"claim": claim["claim"], "compared": claim["compared"], "seen": f"**{claim['seen']}**"}
         row |= {"numbers": claim["numbers"], "caveat": claim.get("caveat", "")}
-        rows.append(row | {"figure": f"[figure](figures/{file.name})" if claim["tasks"] and file.exists() else ""})
+        rows.append(
+            row | {"figure": f"[figure](figures/{file.name})" if claim["numbers"] != "-" and file.exists() else ""}
+        )
     return markdown(rows)
 
 
@@ -279,7 +291,10 @@ def claims_in_detail(decided: list[dict]) -> str:
 
 
 def front(decided: list[dict], pages: list[str], data: Data, figures: Path) -> str:
-    """results/README.md: text/README.md with the claims and the list of pages, without pictures that lack runs."""
+    """results/README.md: text/README.md with the claims and the list of pages.
+
+    Without the paragraphs that show or link a file that is not there.
+    """
     rows = [
         {
             "page": f"[{page}]({page}.md)",
@@ -289,13 +304,11 @@ def front(decided: list[dict], pages: list[str], data: Data, figures: Path) -> s
         for page in pages
     ]
     parts = {"claims": table_of_claims(decided, figures), "pages": markdown(rows)}
-    blocks = (TEXT / "README.md").read_text().strip().split("\n\n")
     lines, missing = [MADE, ""], False
-    for block in blocks:
-        image = re.match(r"!\[[^]]*\]\(figures/(.*?)\)", block)
-        missing = not (figures / image[1]).exists() if image else missing and re.match(r"\*\S", block)  # its caption
-        if missing:
-            continue
-        marker = re.fullmatch(r"<!-- (\w+) -->", block)
-        lines += parts[marker[1]] if marker else [block, ""]
+    for block in (TEXT / "README.md").read_text().strip().split("\n\n"):
+        caption = missing and re.match(r"\*\S", block)  # of a picture that is not there
+        missing = caption or not all((figures.parent / target).exists() for target in LOCAL.findall(block))
+        if not missing:
+            marker = re.fullmatch(r"<!-- (\w+) -->", block)
+            lines += parts[marker[1]] if marker else [block, ""]
     return "\n".join(lines)

@@ -1,10 +1,10 @@
-"""Writes every figure (results/figures) and page (results/*.md but findings.md and speed.md) from results/runs.
+"""Writes the figures (results/figures) and pages (results/*.md but findings.md and speed.md) from results/runs.
 
 python results/plot.py
 
-Reads run.json, eval.csv and, where there are, scalars.csv, moe.csv, trajectories.csv, layout.csv and gait.csv of each
-finished run: reading.py. Numbers of a run are in measures.py, means and tests in stats.py, claims in claims.py, figures
-in curves.py and maps.py, pages in pages.py; what is written by hand is in text/. The same runs give the same files.
+Reads run.json, eval.csv and, where there are, the other tables of each finished run: reading.py. Numbers of a run are
+in measures.py, means and tests in stats.py, claims in claims.py, figures in curves.py and maps.py, pages in pages.py;
+what is written by hand is in text/. The same runs give the same files.
 """
 
 from pathlib import Path
@@ -18,7 +18,8 @@ from reading import Data, natural, read
 
 TASKS = ("Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid", "HumanoidStandup")  # the paper's
 MINATAR = ("MinAtar-own", "MinAtar-3-games")  # the first that has runs
-FLOWN = ("TargetReaching-v0-untouched", "TargetReaching-v0-penalty10", "TargetReaching-v0-fixed")
+FLOWN = ("TargetReaching-v0-penalty10", "TargetReaching-v0-untouched", "TargetReaching-v0-fixed")  # likewise
+OTHERS = ("-noise.png", "-primitives.png", "gradients.png")  # by scripts of their own, from saved policies
 KINDS = ("baseline", "softmoe-big", "hardcoded-big")
 
 
@@ -60,14 +61,15 @@ def main(root: Path):
     figures.mkdir(exist_ok=True)
     old = [path for path in root.glob("*.md") if path.read_text().startswith(pages.MADE)]
     for path in (*figures.glob("*.png"), *old):
-        path.unlink()
+        if not path.name.endswith(OTHERS):
+            path.unlink()
     names = sorted({pages.page_of(folder) for folder in data.runs.folder}, key=natural)
     for name in names:
         folders = [folder for folder in data.runs.folder.unique() if pages.page_of(folder) == name]
         page = pages.environment(name, data.where("folder", folders), figures)
         (root / f"{name}.md").write_text(page)
     overviews(data, figures)
-    decided = claims.decide(data)
+    decided = claims.decide(data, root)
     (root / "claims.md").write_text(pages.claims_in_detail(decided))
     (root / "README.md").write_text(pages.front(decided, names, data, figures))
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from trajectories import load_script
+from policy import load_script
 
 POLICIES = Path(__file__).resolve().parent / "policies"
 COLUMNS = ("file", "script", "policy", "return", "success", "first_episode", "machine")

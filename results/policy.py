@@ -1,12 +1,23 @@
-"""Loads the policy that a finished run left, and tells its Gaussians: for the scripts of this folder."""
+"""Loads the policy that a finished run left, tells its Gaussians, and which expert acts: for the scripts here."""
 
+import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from trajectories import load_script
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def load_script(name: str) -> ModuleType:
+    """The module algos/NAME.py."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER.parent / "algos" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # its parser looks there for the comments
+    spec.loader.exec_module(module)
+    return module
 
 
 class Saved(NamedTuple):
@@ -16,20 +27,23 @@ class Saved(NamedTuple):
     agent: nn.Module
 
 
-def load(path: Path, parts: tuple[str, ...] = ("actor.",)) -> Saved:
+def load(path: Path, parts: tuple[str, ...] = ("actor.",), **kwargs) -> Saved:
     """The agent of a run's folder, or of a file such as those of results/policies.
 
     Args:
-        path: A folder with policy.pt, or a file.
+        path: A folder with policy.pt, or whose policy is in results/policies; or a file.
         parts: What the file must hold. A policy has the actor alone, a model.pt the critics as well.
+        kwargs: For the environment.
 
     Raises:
         ValueError: A weight of these parts is missing.
     """
     file = path / "policy.pt" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        file = FOLDER.joinpath("policies", *path.resolve().parts[-3:]).with_suffix(".pt")
     script = load_script(torch.load(file, map_location="cpu", weights_only=True)["script"])
     args, saved = script.parse(["--evaluate", str(file), "--device", "cpu", "--num-threads", "1"])
-    env = script.Env(args, evaluation=True)
+    env = script.Env(args, evaluation=True, **kwargs)
     agent = script.Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
     missing = agent.load_state_dict(saved["agent"], strict=False).missing_keys
     if lacks := [name for name in missing if name.startswith(parts)]:
@@ -86,3 +100,37 @@ def visited(saved: Saved, episodes: int, count: int) -> torch.Tensor:
             obs, _, terminated, truncated, _ = saved.env.step(saved.agent.act(obs, "stochastic"))
             done = terminated or truncated
     return torch.stack(states)[torch.linspace(0, len(states) - 1, min(count, len(states))).round().long()]
+
+
+class Player:
+    """Plays episodes of a saved policy and says which expert acts."""
+
+    def __init__(self, saved: Saved):
+        self.saved, script = saved, saved.script
+        self.policies = (*script.Actor.policies, "stochastic")
+        self.acting = None  # the expert that acted last; None of a policy that draws none
+        self.alone = None  # the expert that acts everywhere; None: whom the gate draws
+        self.experts = saved.args.num_experts if hasattr(script, "pick") else 0  # that can act alone
+        if self.experts:
+            self.pick, script.pick = script.pick, self.picked
+            saved.agent.actor.gate.register_forward_hook(self.gated)
+
+    def picked(self, x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        """In place of the script's pick(), which takes the values of the expert k that acts."""
+        self.acting = int(k[0])
+        return self.pick(x, k)
+
+    def gated(self, _gate, _inputs, logits: torch.Tensor) -> torch.Tensor:
+        """The gate's logits; where an expert is alone, all weight is on it."""
+        experts = torch.arange(logits.shape[1])
+        return logits if self.alone is None else torch.where(experts == self.alone, 0.0, -1e4).expand_as(logits)
+
+    def episode(self, number: int, policy: str):
+        """Yields (observation, info, acting expert) at the start and after each step of an evaluation's episode."""
+        env = self.saved.env
+        (obs, info), done = env.reset(number), False
+        yield obs, info, None
+        while not done:
+            obs, _, terminated, truncated, info = env.step(self.saved.agent.act(obs, policy))
+            done = terminated or truncated
+            yield obs, info, self.acting

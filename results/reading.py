@@ -11,6 +11,7 @@ import pandas as pd
 
 TEXT = Path(__file__).parent / "text"  # what is written by hand
 KEYS = ["folder", "label", "seed"]
+DISCRETE = {"ppo_moe_multitask": "likeliest action", "pqn": "greedy", "pqn_moe": "greedy"}
 MIXTURES = ("sac_pmoe", "ppo_pmoe")  # scripts with runs from before evaluations had the mode `gate`
 
 
@@ -25,6 +26,8 @@ class Data:
     paths: pd.DataFrame  # trajectories.csv: panel, episode, step, x, y, expert
     layout: pd.DataFrame  # layout.csv: thing, x, y, radius
     gait: pd.DataFrame  # gait.csv
+    sides: pd.DataFrame  # sides.csv
+    history: pd.DataFrame  # side_history.csv
 
     def of(self, folder: str, label: str | None = None) -> "Data":
         """The rows of one folder, or of one label in it."""
@@ -71,8 +74,10 @@ class Data:
         return self.runs.args.iloc[0]
 
     def experts(self) -> int:
-        """K of the first run's policy, 1 without a mixture."""
-        return 1 if "tasks" in self.args() else self.args().get("num_experts", 1)
+        """K of the first run, 1 without a mixture; of agents of several tasks, whose layers have experts, 1."""
+        args = self.args()
+        plain = "tasks" in args or args.get("moe") in ("none", "wide", "tokens")
+        return 1 if plain else args.get("num_experts", 1)
 
     def tasks(self) -> list[str]:
         """Names of the tasks of the first run, none where it has one."""
@@ -81,10 +86,12 @@ class Data:
 
 FILES = {"evals": "eval.csv", "scalars": "scalars.csv", "moe": "moe.csv", "paths": "trajectories.csv"}
 FILES |= {"layout": "layout.csv", "gait": "gait.csv"}
+FILES |= {"sides": "sides.csv", "history": "side_history.csv"}
 COLUMNS = {"runs": ["script"], "evals": ["global_step", "policy", "task", "return", "success"]}
 COLUMNS |= {"scalars": ["global_step"], "moe": ["global_step", "network", "metric", "task", "item", "value"]}
 COLUMNS |= {"paths": ["panel", "episode", "step", "x", "y", "expert"], "layout": ["thing", "x", "y", "radius"]}
-COLUMNS |= {"gait": ["policy", "episode", "return", "upright"]}
+COLUMNS |= {"gait": ["policy", "episode", "return", "upright"], "history": ["step", "q_left", "q_right", "alpha"]}
+COLUMNS |= {"sides": ["policy", "success", "left", "right", "entropy", "p_left", "modes", "gate"]}
 
 
 def natural(path: Path | str) -> list:
@@ -164,6 +171,6 @@ def policy_name(data: Data) -> str:
     script = data.runs.script.iloc[0]
     if data.runs.headline.iloc[0] == "gate":
         return "gate"
-    if script == "ppo_moe_multitask":
-        return "likeliest action"
+    if script in DISCRETE:
+        return DISCRETE[script]
     return "likeliest expert" if script in MIXTURES and data.experts() > 1 else "mean action"

@@ -22,9 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from policy import load
+from policy import load, load_script
 from sides import at_start, fly
-from trajectories import load_script
 
 COLUMNS = ("step", "q_left", "q_right", "alpha", "p_left", "modes", "modes_u", "gate", "success", "left", "right")
 SIDE = 0.5  # a lateral acceleration of at least this is a side

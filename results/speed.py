@@ -33,8 +33,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from policy import load_script
 from torch.distributions import Categorical, Normal
-from trajectories import load_script
 
 CASES = {  # name: (script, observation size, action dimensions, K)
     "SAC, HalfCheetah's size": ("sac", 17, 6, 1),

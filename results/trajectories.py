@@ -17,19 +17,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from agents import Saved, load_script, policy_file  # noqa: F401 (load_script: speed.py)
+from policy import Player, load
 
 EPISODES, EXPERT_EPISODES, STRIDE = 10, 5, 2
 FIRST_STEPS, CELL = 10_000, 0.5
 EDGE, TARGET_RADIUS = 5.0, 0.5  # of the environment, whose observation is scaled by EDGE
 
 
-def fly(saved: Saved, episodes: int) -> list[str]:
+def fly(player: Player, episodes: int) -> list[str]:
     """Rows episode,step,x,y,expert of the stochastic policy."""
-    torch.manual_seed(saved.args.seed)
+    torch.manual_seed(player.saved.args.seed)
     rows = []
     for episode in range(episodes):
-        path = [(*info["position"], "" if k is None else k) for _, info, k in saved.episode(0, "stochastic")]
+        path = [(*info["position"], "" if k is None else k) for _, info, k in player.episode(0, "stochastic")]
         last = len(path) - 1
         for step, (x, y, expert) in enumerate(path):
             if step % STRIDE == 0 or step == last:
@@ -37,9 +37,9 @@ def fly(saved: Saved, episodes: int) -> list[str]:
     return rows
 
 
-def layout(saved: Saved) -> list[str]:
+def layout(env) -> list[str]:
     """Rows thing,x,y,radius, from the first observation: position, velocity, acceleration, target, discs, radii."""
-    obs = np.float64(saved.env.reset(0)[0])
+    obs = np.float64(env.reset(0)[0])
     start, target, n = obs[:2] * EDGE, (obs[:2] + obs[6:8]) * EDGE, (len(obs) - 8) // 3
     centres = (obs[8 : 8 + 2 * n].reshape(n, 2) + obs[:2]) * EDGE
     things = [("start", *start, 0), ("target", *target, TARGET_RADIUS)]
@@ -63,16 +63,16 @@ def cells(checkpoint: dict) -> list[str]:
 
 
 def main(run_dir: Path) -> Path:
-    saved = Saved(policy_file(run_dir))
-    panels = {"stochastic": fly(saved, EPISODES)}
-    for k in range(saved.experts):
-        saved.alone = k
-        panels[f"expert_{k}"] = fly(saved, EXPERT_EPISODES)
+    player = Player(load(run_dir))
+    panels = {"stochastic": fly(player, EPISODES)}
+    for k in range(player.experts):
+        player.alone = k
+        panels[f"expert_{k}"] = fly(player, EXPERT_EPISODES)
     if (run_dir / "checkpoint.pt").exists():
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
         if "buffer" in checkpoint:  # PPO has none
             panels["cells"] = cells(checkpoint)
-    (run_dir / "layout.csv").write_text("\n".join(["thing,x,y,radius", *layout(saved), ""]))
+    (run_dir / "layout.csv").write_text("\n".join(["thing,x,y,radius", *layout(player.saved.env), ""]))
     lines = [f"{name},{row}" for name, rows in panels.items() for row in rows]
     path = run_dir / "trajectories.csv"
     path.write_text("\n".join(["panel,episode,step,x,y,expert", *lines, ""]))

@@ -10,7 +10,6 @@ from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
-import agents
 import benchmark
 import claims
 import curves
@@ -23,6 +22,7 @@ import numpy as np
 import pages
 import pandas as pd
 import plot
+import policy
 import pytest
 import reading
 import scalars
@@ -319,7 +319,7 @@ def test_a_claim_is_decided_by_the_corrected_p(tmp_path, monkeypatch):
             make_run(tmp_path, env=env, label="sac", seed=seed)
             make_run(tmp_path, env=env, label="mix", seed=10 + seed, num_experts=4)
             make_run(tmp_path, env=env, label="near", seed=seed + (seed == 4))
-    better, worse, near, missing = claims.decide(reading.read(tmp_path))
+    better, worse, near, missing = claims.decide(reading.read(tmp_path), tmp_path)
     assert [c["seen"] for c in (better, worse, near, missing)] == ["for", "against", "open", "not run yet"]
     assert better["p"] == pytest.approx(2 / 70**2)
     assert better["holm"] == worse["holm"] == pytest.approx(4 * 2 / 70**2)  # of four tests, one of them not run
@@ -333,7 +333,7 @@ def test_a_claim_of_a_task_of_three_seeds_stays_open_with_its_difference(tmp_pat
     for seed in (1, 2, 3):
         make_run(tmp_path, env="B", label="sac", seed=seed)
         make_run(tmp_path, env="B", label="mix", seed=10 + seed)
-    (row,) = claims.decide(reading.read(tmp_path))
+    (row,) = claims.decide(reading.read(tmp_path), tmp_path)
     assert row["seen"] == "open" and row["p"] == pytest.approx(0.1)
     assert row["compared"].endswith("; B (1 of 2)")
     assert row["numbers"] == "7,500 and 1,250, difference +6,250 ± 1,417; 3 + 3 seeds; p = .100, corrected p = .100"
@@ -344,11 +344,11 @@ def test_what_stands_in_for_a_claim_without_runs(tmp_path, monkeypatch):
     with_claims(monkeypatch, tmp_path, claim(more=more))
     for label in ("old", "sac"):
         make_run(tmp_path, env="C", label=label)
-    (row,) = claims.decide(reading.read(tmp_path))
+    (row,) = claims.decide(reading.read(tmp_path), tmp_path)
     assert (row["seen"], row["caveat"]) == ("open", "another task") and "`old` and `sac`" in row["compared"]
     make_run(tmp_path, env="A", label="mix")
     make_run(tmp_path, env="A", label="sac")
-    (row,) = claims.decide(reading.read(tmp_path))
+    (row,) = claims.decide(reading.read(tmp_path), tmp_path)
     assert "caveat" not in row and "`mix` and `sac`" in row["compared"]
 
 
@@ -361,9 +361,19 @@ def test_a_property_counts_seeds_and_has_no_test(tmp_path, monkeypatch):
         for seed in (1, 2):
             folder = make_run(tmp_path, env="A", label=label, seed=seed)
             write_csv(folder / "scalars.csv", "global_step,policy/std", ["0,0", f"1000,{sigma}"])
-    above, below = claims.decide(reading.read(tmp_path))
+    above, below = claims.decide(reading.read(tmp_path), tmp_path)
     assert (above["seen"], below["seen"]) == ("for (no test)", "against (no test)")
     assert above["numbers"] == "`mix` 0.70, 2 of 2 seeds above 0.5; `sac` 0.20, 0 of 2 seeds above 0.5"
+
+
+def test_a_claim_on_what_another_script_has_written(tmp_path, monkeypatch):
+    text = '[[claim]]\npaper = "P"\nkind = "table"\nclaim = "robust"\ncompared = "x"\nfile = "noise.csv"\n'
+    with_claims(monkeypatch, tmp_path, text + 'where = { sigma = 0.3 }\ncolumn = "relative"\n')
+    (row,) = claims.decide(reading.read(tmp_path), tmp_path)
+    assert (row["seen"], row["numbers"]) == ("not run yet", "-")
+    write_csv(tmp_path / "noise.csv", "label,sigma,relative", ["sac,0.1,0.9", "sac,0.3,0.5", "mix,0.3,0.75"])
+    (row,) = claims.decide(reading.read(tmp_path), tmp_path)
+    assert (row["seen"], row["numbers"]) == ("open (no test)", "`sac` 0.50; `mix` 0.75")
 
 
 def test_returns_of_several_games_are_raw_until_there_are_agents_alone(tmp_path, monkeypatch):
@@ -372,19 +382,19 @@ def test_returns_of_several_games_are_raw_until_there_are_agents_alone(tmp_path,
     for seed in (1, 2):
         make_run_of_tasks(tmp_path, "multitask-baseline", seed, experts=())
         make_run_of_tasks(tmp_path, "multitask-mix", 2 + seed)
-    (row,) = claims.decide(reading.read(tmp_path))
+    (row,) = claims.decide(reading.read(tmp_path), tmp_path)
     assert row["numbers"].startswith("left +1,250 ± ") and ", right +1,250 ± " in row["numbers"]
     assert row["p"] == pytest.approx(2 / 6)  # the two games of a run are exchanged together
     for task, constant in (("left", 1000), ("right", 500)):
         make_run_of_tasks(tmp_path, f"alone-{task}", 1, (), tasks=[task], protocol="multitask", constant=constant)
-    (row,) = claims.decide(reading.read(tmp_path))  # means of areas: 2187.5 and 2188.5, 937.5 and 938.5
+    (row,) = claims.decide(reading.read(tmp_path), tmp_path)  # means of areas: 2187.5 and 2188.5, 937.5 and 938.5
     assert row["numbers"].startswith("3.28 and 1.41, difference +1.88")
 
 
 def test_the_committed_claims_are_complete(monkeypatch):
     rows = claims.read()
     for row in rows:
-        assert row["kind"] in ("test", "difference", "seen", "none")
+        assert row["kind"] in ("test", "difference", "seen", "table", "none")
         for part in (row, row.get("instead", {}), *row.get("also", [])):
             assert part.get("measure", "area") in measures.MEASURES
             assert part.get("wanted", "higher") in ("higher", "lower", "different")
@@ -430,6 +440,17 @@ def small_set(root):
         for label, experts in (("baseline", ()), ("softmoe-big", ("actor", "critic"))):
             for protocol in ("multitask", "continual"):
                 make_run_of_tasks(root, f"{protocol}-{label}", seed, experts, "MinAtar-3-games")
+    mirror = make_run(root, "TargetReaching-v0-mirror", "sac_pmoe", gate=True, num_experts=2, success=1.0)
+    head = "policy,episodes,success,left,right,entropy,p_left,modes,modes_u,gate"
+    write_csv(
+        mirror / "sides.csv", head, ["stochastic,100,1.0,40,60,0.9710,0.5,2,2,0.4 0.6", "gate,100,1.0,0,100,0.0,,,,"]
+    )
+    head = "step,q_left,q_right,alpha,p_left,modes,modes_u,gate,success,left,right"
+    write_csv(
+        mirror / "side_history.csv",
+        head,
+        ["500,1,2,0.1,0.5,2,2,0.4 0.6,1,40,60", "1000,3,2,0.1,0.5,2,2,0.4 0.6,1,40,60"],
+    )
     for task, label in (("Hopper", "ppo"), ("Hopper", "ppo_pmoe-both"), ("HalfCheetah", "ppo_pmoe-both")):
         folder = make_run(root, f"{task}-v5-ppo", label, **({"num_experts": 8} if "pmoe" in label else {}))
         rows = ["0,nan", "500,10", "1000,30"]
@@ -449,13 +470,15 @@ def test_plot_writes_figures_and_pages_and_repeats_to_the_byte(tmp_path):
 
     first = write()
     (tmp_path / "figures" / "old.png").touch()  # of a suite that is gone
+    (tmp_path / "figures" / "gradients.png").touch()  # of a script of its own
     (tmp_path / "old.md").write_text(pages.MADE)
-    assert write() == first
+    assert write() == first | {"gradients.png": b""}
     assert first.pop("findings.md") == b"by hand"
 
     environments = ("Hopper-v5", "HalfCheetah-v5", "TargetReaching-v0", "MinAtar")
     figures = {"paths", "PPO-MuJoCo", "MinAtar", "MinAtar-dormant", "Hopper-v5-ppo", "HalfCheetah-v5-ppo"}
     figures |= {"HalfCheetah-v5-experts", "HalfCheetah-v5-experts-number"}
+    figures |= {"TargetReaching-v0-mirror", "TargetReaching-v0-mirror-history"}
     figures |= {f"TargetReaching-v0-fixed{part}" for part in ("", "-paths", "-cells")}
     kinds = [f"MinAtar-3-games-{protocol}-big" for protocol in ("multitask", "continual")]
     figures |= {f"{kind}{part}" for kind in kinds for part in ("", "-networks", "-routers")}
@@ -464,6 +487,7 @@ def test_plot_writes_figures_and_pages_and_repeats_to_the_byte(tmp_path):
     row = "| sac_pmoe | 2 | 3 | gate | 2,709 (626 to 6,251) | 3,251 (751 to 7,501) | 3,260 (760 to 7,510) |"
     assert row in text["TargetReaching-v0"]
     assert "| sac | - | 3 | mean action | 2,708 (625 to 6,250) |" in text["TargetReaching-v0"]
+    assert "| sac_pmoe | 1 | stochastic | 1.0 | 40 | 60 | 0.971 | 0.5 | 2.0 | 0.4 0.6 |" in text["TargetReaching-v0"]
     assert "| 250 (1 of 3) |" in text["TargetReaching-v0"] and "0123456, 0123456+" in text["TargetReaching-v0"]
     assert "| baseline | 1,625 -> 3,250 | 3,793 -> 3,251 |" in text["MinAtar"]  # at the end of its phase, of the run
     assert "| softmoe-big | 0.19 (0.19 to 0.19) / 0.19 (0.19 to 0.19) |" in text["MinAtar"]
@@ -505,22 +529,24 @@ def flown(tmp_path_factory):
 
 
 def test_a_saved_policy_flies_as_its_evaluation_does(flown):
-    saved = agents.Saved(flown / "policy.pt")
+    saved = policy.load(flown)
+    player = policy.Player(saved)
     evaluated = saved.script.evaluate(saved.agent, saved.env, saved.args, 50, "stochastic")
     torch.manual_seed(saved.args.seed)
-    ends = [list(saved.episode(number, "stochastic"))[-1][1]["episode"]["r"] for number in range(2)]
+    ends = [list(player.episode(number, "stochastic"))[-1][1]["episode"]["r"] for number in range(2)]
     assert np.mean(ends) == pytest.approx(evaluated["return"], abs=1e-4)
 
 
 def test_an_expert_left_alone_acts_everywhere(flown):
-    saved = agents.Saved(flown / "policy.pt")
+    saved = policy.load(flown)
+    player = policy.Player(saved)
     obs = torch.from_numpy(saved.env.reset(0)[0])[None]
     mean = saved.agent.actor(obs)[0]  # (1, K, A)
     for k in range(3):
-        saved.alone = k
+        player.alone = k
         for _ in range(20):
             assert saved.agent.act(obs[0].numpy(), "gate") == pytest.approx(mean[0, k].tanh().detach().numpy())
-            assert saved.acting == k
+            assert player.acting == k
 
 
 def test_trajectories_of_a_run(flown):
@@ -532,7 +558,7 @@ def test_trajectories_of_a_run(flown):
     assert rows[rows.step == 0].expert.isna().all() and started.expert.notna().all()
     assert all((part.expert == int(name[-1])).all() for name, part in started.groupby("panel") if name != "stochastic")
     layout = pd.read_csv(flown / "layout.csv").set_index("thing")
-    env = agents.Saved(flown / "policy.pt").env
+    env = policy.load(flown).env
     env.reset(0)
     world = env.unwrapped._world
     assert layout.loc["target", ["x", "y"]].tolist() == pytest.approx(world.target[0], abs=1e-3)
@@ -555,7 +581,7 @@ def test_cells_of_the_first_steps():
 
 
 def test_gif_of_a_flight(flown, tmp_path, monkeypatch):
-    monkeypatch.setattr(gifs, "RESULTS", tmp_path)
+    monkeypatch.setattr(gifs, "FOLDER", tmp_path)
     monkeypatch.setattr(gifs, "EPISODES", 1)
     (tmp_path / "figures").mkdir()
     path = gifs.main(flown)
@@ -666,7 +692,7 @@ def test_benchmark_writes_what_is_missing_beside_a_run(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark.subprocess, "run", run)
     for env, inputs, expected in (
         ("HalfCheetah-v5", ("events.out.tfevents.1", "checkpoint.pt"), ["results/scalars.py"]),
-        ("TargetReaching-v0-mirror", ("policy.pt", "scalars.csv"), ["results/trajectories.py"]),
+        ("TargetReaching-v0-mirror", ("policy.pt", "scalars.csv"), ["results/trajectories.py", "results/sides.py"]),
         ("TargetReaching-v0-8-tasks", ("events.out.tfevents.1", "policy.pt", "moe.csv"), ["results/scalars.py"]),
         ("Hopper-v5-ppo", ("events.out.tfevents.1", "scalars.csv"), []),
     ):
