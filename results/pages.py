@@ -295,14 +295,9 @@ def front(decided: list[dict], pages: list[str], data: Data, figures: Path) -> s
 
     Without the paragraphs that show or link a file that is not there.
     """
-    rows = [
-        {
-            "page": f"[{page}]({page}.md)",
-            "runs": str(sum(page_of(folder) == page for folder in data.runs.folder)),
-            "folders": ", ".join(f"`{folder}`" for folder in data.runs.folder.unique() if page_of(folder) == page),
-        }
-        for page in pages
-    ]
+    rows = [{"page": f"[{page}]({page}.md)", "folders of runs": ""} for page in pages]
+    for row, page in zip(rows, pages, strict=True):
+        row["folders of runs"] = ", ".join(f"`{f}`" for f in data.runs.folder.unique() if page_of(f) == page)
     parts = {"claims": table_of_claims(decided, figures), "pages": markdown(rows)}
     lines, missing = [MADE, ""], False
     for block in (TEXT / "README.md").read_text().strip().split("\n\n"):
