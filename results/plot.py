@@ -18,7 +18,7 @@ from reading import Data, natural, read
 
 TASKS = ("Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid", "HumanoidStandup")  # the paper's
 MINATAR = ("MinAtar-own", "MinAtar-3-games")  # the first that has runs
-FLOWN = ("TargetReaching-v0-penalty10", "TargetReaching-v0-untouched", "TargetReaching-v0-fixed")  # likewise
+FLOWN = ("TargetReaching-v0-penalty10", "TargetReaching-v0-fixed")  # likewise
 OTHERS = ("-noise.png", "-primitives.png", "gradients.png")  # by scripts of their own, from saved policies
 KINDS = ("baseline", "softmoe-big", "hardcoded-big")
 
