@@ -23,8 +23,7 @@ Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluat
 What differs from sac.py, besides the algorithm:
 1. A checkpoint ends the running episodes (with a bootstrap, as every rollout does) and seeds all environments anew, so
    it needs no simulator state. --checkpoint-every thus is part of what determines a run; resume starts from the last.
-2. A run ends with a whole rollout. A run that is made longer is not the one that was longer from the start: its
-   learning rate rises again, and its old end has cut off the episodes.
+2. A run ends with a whole rollout. One that is made longer is not one that always was: its learning rate rises again.
 3. The actor's moments normalise observations. A rollout is acted, valued and learned from with the same moments, which
    take it in afterwards: the ratio starts at 1, and the first rollout sees raw observations. Rewards are divided by the
    standard deviation of their discounted sums, this rollout's included. Both are clipped to +-10.
@@ -435,7 +434,8 @@ class Bare(gym.Wrapper):
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """This process's share of the environments, actions in [-1, 1]^A; one that ends starts anew in the same step."""
-    spec = dataclasses.replace(Env(args).env.env.env.spec, disable_env_checker=True)  # without Env's own wrappers
+    spec = Env(args).spec
+    spec.additional_wrappers, spec.disable_env_checker = gym.spec(spec.id).additional_wrappers, True  # as registered
     count, mode = args.num_envs // WORLD, gym.vector.AutoresetMode.SAME_STEP
     vectorised = spec.vector_entry_point and not spec.additional_wrappers and not args.async_envs
     envs = gym.make_vec(spec, count) if vectorised else None

@@ -511,7 +511,8 @@ class Bare(gym.Wrapper):
 
 def make_envs(args: Args) -> gym.vector.VectorEnv:
     """This process's share of the environments, actions in [-1, 1]^A; one that ends starts anew in the same step."""
-    spec = dataclasses.replace(Env(args).env.env.env.spec, disable_env_checker=True)  # without Env's own wrappers
+    spec = Env(args).spec
+    spec.additional_wrappers, spec.disable_env_checker = gym.spec(spec.id).additional_wrappers, True  # as registered
     count, mode = args.num_envs // WORLD, gym.vector.AutoresetMode.SAME_STEP
     vectorised = spec.vector_entry_point and not spec.additional_wrappers and not args.async_envs
     envs = gym.make_vec(spec, count) if vectorised else None

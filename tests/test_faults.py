@@ -1,5 +1,9 @@
-"""Faults that bug trackers and fault injection have shown: every one ends in a right run or in one clear line."""
+"""Faults that bug trackers and fault injection have shown: every one ends in a right run or in one clear line.
 
+What stands below a script's line is tested on the base of each family.
+"""
+
+import ast
 import fcntl
 import json
 import math
@@ -14,7 +18,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ALGOS
+from conftest import ALGOS, SCRIPTS
 from test_training import TINY, family, flags, model, same, start, train
 
 
@@ -29,12 +33,13 @@ class Probe(gym.Env):
         self.flag, self.answers, self.count = flag, answers, 0
 
     def answer(self):
-        return np.array([self.answers.get("obs", 0.0)], np.float32), dict(self.answers.get("info", {}))
+        return np.array(self.answers.get("obs", [0.0]), np.float32), dict(self.answers.get("info", {}))
 
     def reset(self, *, seed=None, options=None):
-        assert 0 <= seed < 2**31, "does not fit an int32"
+        assert seed is None or 0 <= seed < 2**31, "does not fit an int32"  # None: PPO's episodes between two seeds
         self.count = 0
-        if self.answers.get("late_nan") and self.answers["late_nan"].pop(0):
+        late = self.answers.get("late_nan")
+        if (late and late.pop(0)) or seed == self.answers.get("bad_seed", -1):
             return np.array([math.nan], np.float32), {}
         return self.answer()
 
@@ -78,10 +83,10 @@ def rows(run) -> list[dict]:
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.5, 0.5), (-3e38, 3e38), (-math.inf, math.inf)])
-def test_action_bounds_that_cannot_be_scaled_are_refused(script, probe, tmp_path, low, high, capsys):
+def test_action_bounds_that_cannot_be_scaled_are_refused(base, probe, tmp_path, low, high, capsys):
     probe(low=low, high=high, dtype=np.float32)
     assert "needs real-valued actions with finite bounds" in refused(
-        script, capsys, env_id="Probe-v0", run_dir=tmp_path / "run"
+        base, capsys, env_id="Probe-v0", run_dir=tmp_path / "run"
     )
     assert not (tmp_path / "run").exists()
 
@@ -91,22 +96,25 @@ def test_action_bounds_that_cannot_be_scaled_are_refused(script, probe, tmp_path
     [("false", False), ("FALSE", False), ("no", False), ("off", False), ("True", True), ("on", True)]
     + [("none", None), ("null", None), ("inf", math.inf), ("-Inf", -math.inf), ("1e-3", 1e-3), ("'on'", "on")],
 )
-def test_words_in_env_id_mean_what_they_say(sac, word, value):
-    assert sac.Env(sac.Args(env_id=f"Probe-v0?flag={word}")).unwrapped.flag == value
-    assert math.isnan(sac.Env(sac.Args(env_id="Probe-v0?flag=nan")).unwrapped.flag)
+def test_words_in_env_id_mean_what_they_say(base, word, value):
+    assert base.Env(base.Args(env_id=f"Probe-v0?flag={word}")).unwrapped.flag == value
+    assert math.isnan(base.Env(base.Args(env_id="Probe-v0?flag=nan")).unwrapped.flag)
 
 
-def test_global_generators_repeat_themselves_and_resume(script, probe, tmp_path):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_global_generators_repeat_themselves_and_resume(base, probe, tmp_path, asynchronous):
     """An environment that draws from np.random and random; the first run is cut in the middle of an episode."""
     probe(draws=True)
-    whole = train(script, tmp_path / "whole", env_id="Probe-v0", total_timesteps=242)
+    settings = {"env_id": "Probe-v0", "async_envs": asynchronous, "anneal_lr": False}
+    if family(base) == "sac":
+        settings = {"env_id": "Probe-v0"}
+        if asynchronous:
+            pytest.skip("has one environment")
+    whole = train(base, tmp_path / "whole", total_timesteps=242, **settings)
     np.random.seed(7)
     random.seed(7)
-    longer = {} if family(script) == "sac" else {"anneal_lr": False}
-    if longer:
-        whole = train(script, tmp_path / "whole2", env_id="Probe-v0", total_timesteps=242, **longer)
-    train(script, tmp_path / "run", env_id="Probe-v0", total_timesteps=220, eval_every=121, **longer)
-    script.main(flags(resume=tmp_path / "run", total_timesteps=242))
+    train(base, tmp_path / "run", total_timesteps=220, **settings | {"eval_every": 121})
+    base.main(flags(resume=tmp_path / "run", total_timesteps=242))
     assert same(model(whole), model(tmp_path / "run"))
 
 
@@ -129,9 +137,9 @@ def test_a_longer_run_forgets_an_evaluation_that_its_old_end_owed(sac_script, tm
 
 
 @pytest.mark.parametrize("wrapper", [gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward])
-def test_normalisers_that_outlive_an_episode_are_refused(script, wrapper, capsys):
+def test_normalisers_that_outlive_an_episode_are_refused(base, wrapper, capsys):
     gym.register("Normal-v0", lambda: wrapper(gym.make("Pendulum-v1")), max_episode_steps=50)
-    assert f"{wrapper.__name__} changes from episode to episode" in refused(script, capsys, env_id="Normal-v0")
+    assert f"{wrapper.__name__} changes from episode to episode" in refused(base, capsys, env_id="Normal-v0")
 
 
 class Curriculum(Probe):
@@ -161,28 +169,28 @@ SAVED = dict(total_timesteps=170)
 
 
 @pytest.mark.parametrize("name", ["checkpoint.pt", "model.pt"])
-def test_flipped_bits_are_found(script, tmp_path, name, capsys):
-    run = train(script, tmp_path / "run")
-    data, rng = (run / name).read_bytes(), random.Random(0)
+def test_flipped_bits_are_found(base, tmp_path, name, capsys):
+    run = train(base, tmp_path / "run")
+    data, rng, before = (run / name).read_bytes(), random.Random(0), model(run)
     option = {"resume" if name == "checkpoint.pt" else "evaluate": run}
     for _ in range(12):
         position = rng.randrange(len(data))
         flipped = data[:position] + bytes([data[position] ^ (1 << rng.randrange(8))]) + data[position + 1 :]
         (run / name).write_bytes(flipped)
         try:
-            script.main(flags(**option))
+            base.main(flags(**option))
         except SystemExit as stop:
             assert stop.code == 2
             assert capsys.readouterr().err.count("\n") == 1
         else:  # a bit that nobody reads, such as a date in the zip's directory: nothing else may have changed
-            assert same(model(run), torch.load(run / "model.pt", weights_only=True)["agent"])
+            assert same(model(run), before)
     (run / name).write_bytes(data)
 
 
-def test_an_evaluation_that_is_not_a_number_fails(script, tmp_path, probe, monkeypatch, capsys):
-    run = train(script, tmp_path / "run", env_id="Probe-v0")
+def test_an_evaluation_that_is_not_a_number_fails(base, tmp_path, probe, monkeypatch, capsys):
+    run = train(base, tmp_path / "run", env_id="Probe-v0")
     monkeypatch.setattr(Probe, "step", lambda self, action: (self.answer()[0], math.nan, False, False, {}))
-    error = refused_evaluation(script, run, capsys)
+    error = refused_evaluation(base, run, capsys)
     assert "an observation or reward of Probe-v0 is not finite" in error
 
 
@@ -194,57 +202,56 @@ def refused_evaluation(script, path, capsys) -> str:
     return error
 
 
-def test_seeds_fit_an_int32_and_those_of_evaluation_are_others(script, tmp_path, monkeypatch):
+def test_seeds_fit_an_int32_and_those_of_evaluation_are_others(base, tmp_path, monkeypatch):
     seeds, reset = [], Probe.reset
 
     def remember(self, seed=None, options=None):
-        seeds.append(seed)
+        seeds.extend([] if seed is None else [seed])
         return reset(self, seed=seed)
 
     monkeypatch.setattr(Probe, "reset", remember)
-    train(script, tmp_path / "run", env_id="Probe-v0", seed=2**31 - 1)
+    train(base, tmp_path / "run", env_id="Probe-v0", seed=2**31 - 1)
     halves = {seed >= 2**30 for seed in seeds}
     assert halves == {True, False} and max(seeds) < 2**31 and min(seeds) >= 0
 
 
-def test_a_first_observation_that_is_not_finite_is_the_environments_fault(sac_script, tmp_path, probe, capsys):
-    """Three episodes of the check and of evaluation, and then NaN: it must not reach the replay."""
-    probe(late_nan=[False] * 12 + [True])
+@pytest.mark.parametrize("when", [{"late_nan": [False] * 12 + [True]}, {"bad_seed": 100_004}])
+def test_a_first_observation_that_is_not_finite_is_the_environments_fault(base, tmp_path, probe, when, capsys):
+    """In the 13th episode, or in one with a seed of the training: it must reach neither replay nor moments."""
+    probe(**when)
     with pytest.raises(SystemExit) as stop:
-        train(sac_script, tmp_path / "run", env_id="Probe-v0")
+        train(base, tmp_path / "run", env_id="Probe-v0")
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "an observation or reward of Probe-v0 is not finite" in error
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert saved["buffer"]["rows"].isfinite().all()
+    kept = saved["agent"].values() if family(base) == "ppo" else [saved["buffer"]["rows"]]
+    assert all(x.isfinite().all() for x in kept)
 
 
-def test_actions_stay_within_the_bounds(script, tmp_path, probe):
-    """(-2, 1) in double precision: +1 becomes 1.0000000000000002 in the rescaling."""
-    train(script, tmp_path / "run", env_id="Probe-v0")
-    actions = np.concatenate(Probe.seen)
-    assert -2 <= actions.min() and actions.max() <= 1 and actions.dtype == np.float64
-    env = script.Env(script.Args(env_id="Probe-v0"), evaluation=True)
-    env.step(np.ones(1, np.float32))
-    assert Probe.seen[-1] == 1.0
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_training_of_ppo_takes_one_value_in_any_shape(ppo, probe, asynchronous):
+    probe(reward=np.array([[2.0]]), obs=[[3.0]], info={"success": np.array([True])})
+    args = ppo.Args(env_id="Probe-v0", num_envs=2, num_steps=7, async_envs=asynchronous)
+    with ppo.OPEN:
+        sampler = ppo.Sampler(ppo.make_envs(args), args)
+        sampler.reset(0)
+        rollout, _ = sampler.rollout(ppo.Agent(1, 1, args))
+    assert rollout.reward.tolist() == [[2.0] * 2] * 7 and rollout.next_obs.tolist() == [[[3.0]] * 2] * 7
 
 
-def test_one_value_in_any_shape_is_accepted(script, tmp_path, probe):
-    info = {"episode": {"r": 0.0}, "success": np.array([True])}
-    probe(reward=np.array([2.0]), info=info)
-    run = train(script, tmp_path / "run", env_id="Probe-v0")
-    assert {row["return"] for row in rows(run)} == {"10.0"} and {row["success"] for row in rows(run)} == {"1.0"}
-    probe(info={"success": None})
-    assert {row["success"] for row in rows(train(script, tmp_path / "none", env_id="Probe-v0"))} == {"nan"}
-
-
-def test_several_rewards_are_refused(sac_script, probe, capsys):
+def test_several_rewards_are_refused(base, probe, capsys):
     probe(reward=np.array([1.0, 2.0]))
-    assert "--env-id Probe-v0" in refused(sac_script, capsys, env_id="Probe-v0")
+    assert "--env-id Probe-v0" in refused(base, capsys, env_id="Probe-v0")
 
 
-def test_success_at_the_end_and_at_any_step(script, tmp_path, probe, capsys):
+def test_observations_of_another_size_than_their_spaces_are_refused(ppo, probe, capsys):
+    probe(obs=[0.0, 1.0])
+    assert "--env-id Probe-v0" in refused(ppo, capsys, env_id="Probe-v0")
+
+
+def test_success_at_the_end_and_at_any_step(base, tmp_path, probe, capsys):
     probe(successes={2: True, 3: False, 4: False, 5: False})
-    run = train(script, tmp_path / "run", env_id="Probe-v0")
+    run = train(base, tmp_path / "run", env_id="Probe-v0")
     assert {(row["success"], row["success_once"]) for row in rows(run)} == {("0.0", "1.0")}
     assert "success 0.00, success_once 1.00" in capsys.readouterr().out
 
@@ -266,25 +273,31 @@ gym.register("Fine-v0", Fine, max_episode_steps=5)
 """
 
 
-def test_a_module_in_the_current_folder_is_found_and_its_error_has_a_place(script, tmp_path):
-    (tmp_path / "my_envs.py").write_text(MODULE)
-    settings = TINY[family(script)] | {"env_id": "my_envs:Broken-v0"}
-    process = start(script.SCRIPT, *flags(**settings), cwd=tmp_path)
-    output, _ = process.communicate()
-    assert process.returncode == 2 and output.count("\n") == 1, output
-    assert "KeyError 'speed' (" in output and f"{tmp_path / 'my_envs.py'}:9" in output
-    process = start(script.SCRIPT, *flags(**settings | {"env_id": "my_envs:Fine-v0"}), cwd=tmp_path)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A current folder from which modules are imported anew."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    for name in ("my_envs", "slow"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return tmp_path
+
+
+def test_a_module_in_the_current_folder_is_found_and_its_error_has_a_place(base, folder, capsys):
+    (folder / "my_envs.py").write_text(MODULE)
+    error = refused(base, capsys, env_id="my_envs:Broken-v0")
+    assert "KeyError 'speed' (" in error and f"{folder / 'my_envs.py'}:9" in error
+    train(base, folder / "run", env_id="my_envs:Fine-v0", total_timesteps=20)
+    sys.modules.pop("my_envs")
 
 
 @pytest.mark.parametrize("damage", ["drop", "wrong"])
 @pytest.mark.parametrize("name", ["checkpoint.pt", "model.pt"])
-def test_files_with_a_key_missing_or_of_another_type(script, tmp_path, name, damage, capsys):
-    run = train(script, tmp_path / "run", total_timesteps=160)
+def test_files_with_a_key_missing_or_of_another_type(base, tmp_path, name, damage, capsys):
+    run = train(base, tmp_path / "run", total_timesteps=160)
     option = "resume" if name == "checkpoint.pt" else "evaluate"
     saved = torch.load(run / name, weights_only=True)
-    needed = saved.keys() - {"dirty", "command", "machine", "versions", "steps_per_second"}
+    needed = saved.keys() - {"dirty", "command", "machine", "processes", "versions", "steps_per_second"}
     if option == "evaluate":
         needed = {"script", "args", "agent", "global_step"}
     before = {path.name: path.read_bytes() for path in run.iterdir() if path.name != name}
@@ -294,18 +307,18 @@ def test_files_with_a_key_missing_or_of_another_type(script, tmp_path, name, dam
             broken[key] = "many"
         torch.save(broken, run / name)
         with pytest.raises(SystemExit) as stop:
-            script.main(flags(**{option: run}))
+            base.main(flags(**{option: run}))
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1, (key, error)
     assert before == {path.name: path.read_bytes() for path in run.iterdir() if path.name in before}
 
 
-def test_a_lost_or_damaged_run_json_is_written_anew(script, tmp_path):
-    run = train(script, tmp_path / "run", total_timesteps=160)
+def test_a_lost_or_damaged_run_json_is_written_anew(base, tmp_path):
+    run = train(base, tmp_path / "run", total_timesteps=160)
     before = json.loads((run / "run.json").read_text())
     for damage in (lambda path: path.unlink(), lambda path: path.write_text("{half of")):
         damage(run / "run.json")
-        script.main(flags(resume=run))
+        base.main(flags(resume=run))
         after = json.loads((run / "run.json").read_text())
         assert all(after[key] == before[key] for key in ("args", "command", "script"))
 
@@ -322,17 +335,17 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def test_a_full_disk_that_tensorboards_thread_meets_is_one_line(script, tmp_path):
+def test_a_full_disk_that_tensorboards_thread_meets_is_one_line(base, tmp_path):
     """Its queue holds ten values, so the thread's failure shows while the run goes on."""
-    arguments = flags(**TINY[family(script)] | {"eval_every": 22}, run_dir="run")
-    command = [sys.executable, "-c", FULL_DISK, ALGOS / f"{script.SCRIPT}.py", *arguments]
+    arguments = flags(**TINY[family(base)] | {"eval_every": 22}, run_dir="run")
+    command = [sys.executable, "-c", FULL_DISK, ALGOS / f"{base.SCRIPT}.py", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("value", [1_000_000, 3_000_000_000])
-def test_more_threads_than_the_machine_can_use(script, value, capsys):
-    assert f"--num-threads {value}: must lie between 1 and" in refused(script, capsys, num_threads=value)
+def test_more_threads_than_the_machine_can_use(base, value, capsys):
+    assert f"--num-threads {value}: must lie between 1 and" in refused(base, capsys, num_threads=value)
 
 
 @pytest.mark.parametrize(("flag", "value"), [("batch_size", 10**9), ("num_experts", 10**6)])
@@ -342,102 +355,132 @@ def test_more_than_memory_is_refused(pmoe, tmp_path, flag, value, capsys):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["x" * 256, "\udcff", "file/run"])
-def test_run_folders_that_cannot_be_made(script, tmp_path, name):
-    """A name that is too long, one that is not UTF-8, one below a file."""
+@pytest.mark.parametrize("flag", ["num_envs", "num_steps", "num_experts"])
+def test_more_than_memory_is_refused_by_ppo(ppo_pmoe, tmp_path, flag, capsys):
+    error = refused(ppo_pmoe, capsys, run_dir=tmp_path / "run", **{flag: 10**8})
+    assert f"--{flag.replace('_', '-')} 100000000: would take" in error and "the machine has" in error
+    error = refused(ppo_pmoe, capsys, run_dir=tmp_path / "run", num_envs=10**5, num_steps=4, async_envs=True)
+    assert "--num-envs 100000: would take" in error and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["x" * 256, "file/run"])
+def test_run_folders_that_cannot_be_made(base, tmp_path, name, monkeypatch, capsys):
+    """A name that is too long, one below a file."""
     (tmp_path / "file").touch()
-    process = start(script.SCRIPT, *flags(**TINY[family(script)], run_dir=name), cwd=tmp_path)
-    output, _ = process.communicate()
-    assert process.returncode == 2 and output.count("\n") == 1 and "--run-dir" in output, output
+    monkeypatch.chdir(tmp_path)
+    assert "--run-dir" in refused(base, capsys, run_dir=name)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_omp_num_threads_is_honoured_where_no_number_is_given(script, tmp_path, monkeypatch):
-    settings = {key: value for key, value in TINY[family(script)].items() if key != "num_threads"}
+def test_a_run_folder_whose_name_is_not_utf8(base, tmp_path):
+    process = start(base.SCRIPT, *flags(**TINY[family(base)], run_dir="\udcff"), cwd=tmp_path)
+    output, _ = process.communicate()
+    assert process.returncode == 2 and output.count("\n") == 1 and "--run-dir" in output, output
+    assert not list(tmp_path.iterdir())
+
+
+def test_omp_num_threads_is_honoured_where_no_number_is_given(base, tmp_path, monkeypatch):
+    settings = {key: value for key, value in TINY[family(base)].items() if key != "num_threads"}
     try:
-        for i, (variable, threads) in enumerate([("3", 3), ("", {"sac": 2, "ppo": 1}[family(script)])]):
+        for i, (variable, threads) in enumerate([("3", 3), ("", {"sac": 2, "ppo": 1}[family(base)])]):
             monkeypatch.setenv("OMP_NUM_THREADS", variable)
-            run = script.main(flags(**settings | {"total_timesteps": 22, "run_dir": tmp_path / str(i)}))
+            run = base.main(flags(**settings | {"total_timesteps": 22, "run_dir": tmp_path / str(i)}))
             assert json.loads((run / "run.json").read_text())["args"]["num_threads"] == threads
             assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(1)
 
 
-def test_environments_are_closed_also_after_an_error(script, tmp_path, probe, monkeypatch):
-    run = train(script, tmp_path / "run", env_id="Probe-v0")
-    made = {"sac": 2, "ppo": 2 + TINY["ppo"]["num_envs"]}[family(script)]
-    assert len(Probe.closed) >= made - (family(script) == "ppo")
+def test_environments_are_closed_also_after_an_error(base, tmp_path, probe, monkeypatch):
+    run = train(base, tmp_path / "run", env_id="Probe-v0")
+    made = {"sac": 2, "ppo": 2 + TINY["ppo"]["num_envs"]}[family(base)]
+    assert len(Probe.closed) >= made
     Probe.closed.clear()
-    script.main(flags(evaluate=run, eval_episodes=1))
+    base.main(flags(evaluate=run, eval_episodes=1))
     assert len(Probe.closed) == 1
     Probe.closed.clear()
-    monkeypatch.setattr(script, "evaluate", lambda *_: 1 / 0)
+    monkeypatch.setattr(base, "evaluate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        train(script, tmp_path / "other", env_id="Probe-v0")
-    assert len(Probe.closed) >= made - (family(script) == "ppo")
+        train(base, tmp_path / "other", env_id="Probe-v0")
+    assert len(Probe.closed) >= made
 
 
 SLOW = """
-import pathlib, time
+import os, pathlib, time
 import gymnasium as gym
 class Slow(gym.Env):
     observation_space = gym.spaces.Box(-1, 1, (1,))
     action_space = gym.spaces.Box(-1, 1, (1,))
     def reset(self, *, seed=None, options=None):
-        self.count, self.evaluation = 0, seed >= 2**30
+        self.count, self.evaluation = 0, seed is not None and seed >= 2**30
         return self.observation_space.sample() * 0, {}
     def step(self, action):
         self.count += 1
-        if self.evaluation and self.count > 2:
+        if self.evaluation and self.count > 2 and "PAUSE" in os.environ:
             pathlib.Path("evaluating").touch()
-            time.sleep(PAUSE)
+            time.sleep(5)
         return self.observation_space.sample() * 0, float(action[0]), False, False, {}
 gym.register("Slow-v0", Slow, max_episode_steps=50)
 """
 
 
-def test_a_signal_ends_an_evaluation_which_is_made_again(sac_script, tmp_path):
+def test_a_signal_ends_an_evaluation_which_is_made_again(base, folder, monkeypatch):
     """An evaluation that would take minutes, cut short; resumed with a fast one, the run equals a whole one."""
-    (tmp_path / "slow.py").write_text(SLOW.replace("PAUSE", "5"))
-    settings = TINY["sac"] | {"env_id": "slow:Slow-v0", "total_timesteps": 165, "eval_every": 160}
-    process = start(sac_script.SCRIPT, *flags(**settings, run_dir="run"), cwd=tmp_path)
-    while not (tmp_path / "evaluating").exists() and process.poll() is None:
+    (folder / "slow.py").write_text(SLOW)
+    settings = TINY[family(base)] | {"env_id": "slow:Slow-v0", "total_timesteps": 165, "eval_every": 160}
+    settings |= {"sac": {}, "ppo": {"checkpoint_every": 44, "total_timesteps": 198, "eval_every": 132}}[family(base)]
+    monkeypatch.setenv("PAUSE", "yes")
+    process = start(base.SCRIPT, *flags(**settings, run_dir="run"))
+    monkeypatch.delenv("PAUSE")
+    while not (folder / "evaluating").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)  # the evaluation has 48 steps of 5 seconds before it
-    assert process.returncode == 143 and "step 160 is saved" in output, output
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["owed"] is True
-    (tmp_path / "slow.py").write_text(SLOW.replace("PAUSE", "0"))
-    for arguments in (["--resume", "run"], flags(**settings, run_dir="whole")):
-        command = [sys.executable, ALGOS / f"{sac_script.SCRIPT}.py", *map(str, arguments)]
-        subprocess.run(command, cwd=tmp_path, check=True)
-    assert same(model(tmp_path / "run"), model(tmp_path / "whole"))
-    assert (tmp_path / "run" / "eval.csv").read_bytes() == (tmp_path / "whole" / "eval.csv").read_bytes()
+    saved = torch.load(folder / "run" / "checkpoint.pt", weights_only=True)["global_step"]
+    assert saved == {"sac": 160, "ppo": 88}[family(base)]  # PPO's of step 132 would lack that evaluation
+    assert process.returncode == 143 and f"SIGTERM, step {saved} is saved; --resume run" in output, output
+    base.main(flags(resume="run"))
+    base.main(flags(**settings, run_dir="whole"))
+    sys.modules.pop("slow")
+    assert same(model("run"), model("whole"))
+    assert (folder / "run" / "eval.csv").read_bytes() == (folder / "whole" / "eval.csv").read_bytes()
 
 
-def test_a_second_process_in_one_folder_is_refused(script, tmp_path, capsys):
-    run = train(script, tmp_path / "run", total_timesteps=160)
+def test_a_signal_ends_every_process_of_ppo(ppo, tmp_path, monkeypatch, capsys):
+    """Not only the first, which alone writes."""
+    monkeypatch.setattr(ppo, "RANK", 1)
+    args = ppo.Args("Probe-v0", run_dir=str(tmp_path / "run"))
+    run = ppo.Run(args, None, agent=ppo.Agent(1, 1, args))
+    monkeypatch.setattr(ppo, "SIGNALS", [signal.SIGTERM])
+    with pytest.raises(SystemExit) as stop:
+        for _ in run.steps():
+            run.log({}), run.evaluate(), run.save()
+    assert stop.value.code == 143 and not capsys.readouterr().out and not (tmp_path / "run").exists()
+
+
+def test_a_second_process_in_one_folder_is_refused(base, tmp_path, capsys):
+    run = train(base, tmp_path / "run", total_timesteps=160)
     folder = os.open(run, os.O_RDONLY)
     fcntl.flock(folder, fcntl.LOCK_EX)  # as the other process does
     before = (run / "run.json").read_bytes()
     with pytest.raises(SystemExit) as stop:
-        script.main(flags(resume=run))
+        base.main(flags(resume=run))
     assert stop.value.code == 2 and "--run-dir" in capsys.readouterr().err
     assert (run / "run.json").read_bytes() == before
     os.close(folder)  # as its end does, whatever ends it
-    script.main(flags(resume=run))
+    base.main(flags(resume=run))
 
 
-def test_a_folder_that_the_terminal_cannot_write(sac, tmp_path):
+def test_a_folder_that_the_terminal_cannot_write(base, tmp_path):
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    command = [sys.executable, ALGOS / "sac.py", *flags(**TINY["sac"] | {"total_timesteps": 20}, run_dir="Lauf-ä")]
+    settings = TINY[family(base)] | {"total_timesteps": 20, "run_dir": "Lauf-ä"}
+    command = [sys.executable, ALGOS / f"{base.SCRIPT}.py", *flags(**settings)]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and r"run folder Lauf-\xe4" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("fps", [20, 67, 100, 125])
-def test_a_gif_plays_at_the_right_speed_in_browsers(sac, tmp_path, monkeypatch, fps):
+def test_a_gif_plays_at_the_right_speed_in_browsers(base, tmp_path, fps):
     """Browsers show a delay below 20 ms as 100 ms."""
     from PIL import Image
 
@@ -453,8 +496,8 @@ def test_a_gif_plays_at_the_right_speed_in_browsers(sac, tmp_path, monkeypatch, 
             return rng.integers(0, 255, (20, 20, 3), dtype=np.uint8)
 
     gym.register("Film-v0", Film, max_episode_steps=200)
-    run = train(sac, tmp_path / "run", env_id="Film-v0", total_timesteps=20, eval_episodes=1)
-    sac.main(flags(evaluate=run, video=True))
+    run = train(base, tmp_path / "run", env_id="Film-v0", total_timesteps=20)
+    base.main(flags(evaluate=run, video=True))
     picture = Image.open(run / "video.gif")
     delays = []
     for i in range(picture.n_frames):
@@ -464,7 +507,8 @@ def test_a_gif_plays_at_the_right_speed_in_browsers(sac, tmp_path, monkeypatch, 
     assert sum(delays) == pytest.approx(200 / fps * 1000, rel=0.05)
 
 
-def test_python_without_assertions_refuses_the_same(sac, tmp_path):
-    command = [sys.executable, "-O", ALGOS / "sac.py", "--gamma", "1.5"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 2 and "--gamma 1.5: must lie between" in done.stderr and not list(tmp_path.iterdir())
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_no_check_is_an_assertion(name):
+    """python -O leaves them out."""
+    tree = ast.parse((ALGOS / f"{name}.py").read_text())
+    assert not [node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assert)]
