@@ -105,7 +105,7 @@ def test_words_in_env_id_mean_what_they_say(base, word, value):
 def test_global_generators_repeat_themselves_and_resume(base, probe, tmp_path, asynchronous):
     """An environment that draws from np.random and random; the first run is cut in the middle of an episode."""
     probe(draws=True)
-    settings = {"env_id": "Probe-v0", "async_envs": asynchronous, "anneal_lr": False}
+    settings = {"env_id": "Probe-v0", "async_envs": asynchronous, "no_anneal_lr": True}
     if family(base) == "sac":
         settings = {"env_id": "Probe-v0"}
         if asynchronous:
