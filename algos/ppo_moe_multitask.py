@@ -1,52 +1,61 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]>=1.4,<2",
+#     "mujoco>=3.3,<4",
+#     "tyro>=1.0,<2",
+#     "tensorboard>=2.18,<3",
+#     "tqdm>=4.66,<5",
+#     "numpy>=2.0,<3",
+#     "minatar>=1.0.15,<1.1",
+# ]
+# ///
 """Multi-task PPO on MinAtar whose networks may be mixtures of experts: Soft MoE, top-k or hardcoded routing.
 
 Paper   Willi, Obando-Ceron, Foerster, Dziugaite and Castro 2024, "Mixture of Experts in a Mixture of RL settings",
         arXiv 2406.18420; before it Obando-Ceron et al. 2024, arXiv 2402.08609, whose code is in Dopamine (labs/moes).
-Layer   Soft MoE (Puigcerver et al. 2023): tokens X (m, d), L = X Phi (m, n p); dispatch = softmax of L over the tokens,
-        combine = over the slots; expert i maps its p rows of the slots dispatch^T X, Y = combine f(dispatch^T X).
-        One token: y = sum_i softmax(x Phi)_i f_i(x). topk: the k largest of the softmax. hardcoded: y = f_task(x).
+Layer   y = sum_i w_i(x) f_i(x). softmoe: w = softmax(x Phi). topk: the k largest of that. hardcoded: w = onehot(task).
+        Soft MoE (Puigcerver et al. 2023) of m tokens X (m, d), n experts with p slots each, L = X Phi (m, n p):
+        Y = C f(D^T X), D = softmax of L over tokens, C = softmax of L over slots. With one token that is the sum above.
 
 Run       python algos/ppo_moe_multitask.py --actor-moe big --critic-moe big --protocol continual
           python algos/ppo_moe_multitask.py --tasks freeway seaquest --num-envs 64 --router topk --tokens persamp
-Resume    python algos/ppo_moe_multitask.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash
-Evaluate  python algos/ppo_moe_multitask.py --evaluate runs/NAME --video    # every task, both policies, a GIF
+Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
-MinAtar (Young and Tian 2019) is a package of its own under GPL-3.0, imported where its games are made, not at the top.
+MinAtar (Young and Tian 2019) is a package under GPL-3.0; it is imported where the games are made, not at the top.
 
 What differs from ppo.py:
-1. Discrete actions and pictures: actor and critic are each a 3x3 convolution to 16 channels (a matmul over the 64
-   patches), 128 units and a head, as is usual for MinAtar. Neither rewards nor observations are normalised, and
-   nothing runs under torchrun. Settings are PureJaxRL's, except: 63 environments, not 64 (three equal shares);
-   3,024,000 steps, not 10^7; no clipping of the value loss, nor their second factor 1/2. Its games are gymnax's, where
-   the limit of 1,000 steps terminates an episode; here it truncates, and MinAtar's sticky actions stay.
+1. Discrete actions and pictures: actor and critic are each a 3x3 convolution to 16 channels, 128 units and a head, as
+   is usual for MinAtar. Neither rewards nor observations are normalised. The settings are PureJaxRL's, except for 63
+   environments, not 64 (three equal shares), 3,024,000 steps, not 10^7, and a value loss that is neither clipped nor
+   halved twice. PureJaxRL plays gymnax's games, where the limit of 1,000 steps terminates an episode; here it
+   truncates, and MinAtar's sticky actions stay.
 2. T tasks. multitask: equal shares of the environments. continual: all environments play one task, then the next,
-   --cycles times. The weights stay; the learning rate is annealed within each phase, so that every task has the
-   same, and Adam starts anew with each: its moments would go on moving an expert whose task is over.
-3. --actor-moe, --critic-moe: baseline; middle (the 128 units), final (the head), all (each layer, each with a router of
-   its own) or big (each expert is a whole network, routed by the picture) are mixtures of n experts. Every expert has
-   the width of the layer that it replaces (middle: see 4). --match-params divides it by n, or for all and big by the
-   root of n: their largest matrix shrinks at both ends. All experts together then have about the baseline's parameters
-   (within 10% for up to 8 experts, 20% for up to 32, as widths are whole numbers; the routers come on top).
+   --cycles times. The weights stay. The learning rate is annealed within each phase, so that every task has the same,
+   and Adam starts anew with each phase: its moments would go on moving an expert whose task is over.
+3. --actor-moe and --critic-moe say which layers are mixtures: see Network. An expert has the width of the layer that
+   it replaces (middle: see 4). --match-params divides the width by n, or for all and big by the root of n, because
+   their largest matrix shrinks at both ends; all experts together then have about the baseline's parameters.
 4. middle has PerConv tokens by default: each of the 64 cells is a token of 16 channels. An expert is then 16-128-16
-   with ReLU, the tokens keep their size and are flattened to 1,024 inputs of the head, as in the code of 2402.08609.
-   The baseline's matrix of 1,024 x 128 is gone: 8 experts have 41,078 parameters per actor, the baseline has 132,854.
-   --tokens persamp: the token is the sample, and the layer is the baseline's with n experts (in their code an expert
-   maps back to the size of its token).
-5. Measured at every evaluation: see measure() and moe.csv.
-Where this differs from the papers: one slot per expert where their code has m / n (--slots 8 is that for n = 8, and the
-run takes three to four times as long). A cell's output is a weighted mean of the same n p vectors for all 64 cells of a
-picture, so the cells differ in at most n p - 1 of their 16 dimensions: in 2 with three experts. Padding, action set,
---match-params, the order of phases, and annealing and Adam of 2 are ours. Advantages are normalised over a minibatch,
-all its games together, so a game with small rewards has a small part in the actor's gradient. With topk and hardcoded
-an expert computes the tokens that chose it and no others, as many as they are: nothing is dropped. All the same, with
-PerConv tokens, 64 a picture, an update takes 4 to 5 times as long as Soft MoE's; --tokens persamp is for them.
-Letters in the shape comments: N environments (of the router: networks), B batch, T tasks, C channels, n experts, E = n
-or 1 experts of a layer, m tokens, k experts that compute a token, d inputs and h outputs of a layer.
+   with ReLU, and the head sees 1,024 inputs, as in the code of 2402.08609. The baseline's matrix of 1,024 x 128 is
+   gone, and with it most of the parameters. With --tokens persamp the token is the sample, and the layer is the
+   baseline's with n experts (in their code an expert maps back to the size of its token).
+5. At every evaluation the networks are measured: see measure() and moe.csv.
+Where this differs from the papers: one slot per expert where their code has m / n. A cell's output is a weighted mean
+of the same n p vectors for all cells of a picture, so its cells differ in at most n p - 1 of their 16 dimensions: in 2
+with three experts. Padding, action set, --match-params, the order of phases, and 2's annealing and Adam are ours.
+Advantages are normalised over a minibatch with all its games, so a game with small rewards has a small part in the
+actor's gradient. With topk and hardcoded an expert computes all that chose it: nothing is dropped.
+Letters in the shape comments: B batch, N environments, T tasks, C channels, n experts, p slots of an expert, m tokens
+of a sample, d inputs and h outputs of a layer.
 """
 
 import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -55,9 +64,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
+import zipfile
+from collections import namedtuple
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 import torch
@@ -67,9 +80,6 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-CHANNELS = {"asterix": 4, "breakout": 4, "freeway": 7, "seaquest": 10, "space_invaders": 6}  # of MinAtar's games
-ACTIONS = 6  # nothing, left, up, right, down, fire: all games take all of them, what a game does not know does nothing
-TIME_LIMIT = 1_000  # steps of an episode, as in gymnax; MinAtar has none but Freeway's 2,500
 Architecture = Literal["baseline", "middle", "final", "all", "big"]
 
 
@@ -77,17 +87,18 @@ Architecture = Literal["baseline", "middle", "final", "all", "big"]
 class Args:
     tasks: tuple[str, ...] = ("space_invaders", "breakout", "asterix")  # games; the order is that of the phases
     seed: int = 1  # seed of everything random
-    total_timesteps: int | None = None  # of all tasks together (default: 3,024,000; with --resume those of that run)
+    total_timesteps: int = 3_024_000  # environment steps of all tasks together
     run_dir: str | None = None  # folder of this run (default: runs/<tasks>__<script>__s<seed>__<time>)
-    resume: str | None = None  # folder of a run to continue from its last checkpoint
-    evaluate: str | None = None  # folder of a run to evaluate instead of training
-    video: bool = False  # with --evaluate: also write video.gif into the run folder
+    resume: str | None = None  # folder of a run to go on with; --total-timesteps can make a multitask one longer
+    evaluate: str | None = None  # folder of a run, or a policy's file, to evaluate instead of training
+    video: bool = False  # with --evaluate: also write a GIF beside it
     eval_every: int = 250_000  # steps between evaluations, each at the end of a rollout
     eval_episodes: int = 10  # episodes of each task per evaluation
-    checkpoint_every: int = 500_000  # steps between checkpoints, which end all episodes: see ppo.py's docstring
+    checkpoint_every: int = 500_000  # steps between checkpoints, each at the end of a rollout
     device: str = "cpu"  # cpu, cuda or cuda:N
-    num_threads: int = 2  # CPU threads of PyTorch; 1 where another run needs the other core
+    num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 2)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
+    # PPO
     num_envs: int = 63  # environments
     num_steps: int = 128  # steps of each environment per rollout
     update_epochs: int = 4  # passes over a rollout
@@ -100,6 +111,7 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss
     ent_coef: float = 0.01  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
+    # tasks and mixture
     protocol: Literal["multitask", "continual"] = "multitask"  # all tasks at once, or one after the other
     cycles: int = 1  # continual: times that the list of tasks is gone through
     actor_moe: Architecture = "middle"  # which layers of the actor are mixtures
@@ -118,271 +130,136 @@ class Args:
         return "MinAtar-" + "-".join(self.tasks)
 
 
-def fail(message: str):
-    """One line on stderr and exit code 2: the run cannot start."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+CHANNELS = {"asterix": 4, "breakout": 4, "freeway": 7, "seaquest": 10, "space_invaders": 6}  # of MinAtar's games
+Batch = namedtuple("Batch", "obs task action log_prob advantage target")  # obs (B, 10, 10, C) bool, the others (B,)
+ACTIONS = 6  # nothing, left, up, right, down, fire: all games take all of them, what a game does not know does nothing
 
 
-def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
-    """Seed of one episode, below 2^32; training seeds lie in the lower half, evaluation seeds in the upper."""
-    return (2**31 if evaluation else 0) + (seed * 100_003 + episode) % 2**31
+def phases(args: Args) -> int:
+    """How many times the tasks change, and one."""
+    return len(args.tasks) * args.cycles if args.protocol == "continual" else 1
 
 
-# === shared: schedule ===
-def running_phase(global_step: int, args: Args) -> int:
-    """The phase of the continual protocol to which step `global_step` (from 0) belongs; its task is that mod T."""
-    return global_step * len(args.tasks) * args.cycles // args.total_timesteps
+def running_phase(step: int, args: Args) -> int:
+    """The phase to which step `step` (from 0) belongs; in the continual protocol its task is that mod T."""
+    return step * phases(args) // args.total_timesteps
 
 
-# === end shared ===
-class Games:
-    """N MinAtar games with the observations obs (N, 10, 10, C) bool; channels that a game lacks stay empty.
+class Mixture(nn.Module):
+    """y = sum_i w_i(x) f_i(x) of n experts f_i of any kind.
 
-    Sticky actions (0.1) and the ramp of difficulty are MinAtar's defaults; the time limit truncates.
-    """
-
-    def __init__(self, tasks: list[str], args: Args):
-        from minatar import Environment
-
-        self.games = [Environment(task) for task in tasks]
-        self.channels = [CHANNELS[task] for task in tasks]
-        self.task = torch.tensor([args.tasks.index(task) for task in tasks], device=args.device)  # (N,)
-        self.obs = np.zeros((len(tasks), 10, 10, max(CHANNELS[task] for task in args.tasks)), bool)
-        self.returns, self.lengths = [0.0] * len(tasks), [0] * len(tasks)
-
-    def start(self, i: int):
-        """A new episode of game i."""
-        self.games[i].reset()
-        self.games[i].last_action = 0  # which reset() forgets
-        self.obs[i, ..., : self.channels[i]] = self.games[i].state()
-        self.returns[i], self.lengths[i] = 0.0, 0
-
-    def reset(self, args: Args, first: int, evaluation: bool = False):
-        """New episodes everywhere, and new random numbers: game i has the seed number first + i of the run."""
-        for i, game in enumerate(self.games):
-            game.seed(episode_seed(args.seed, first + i, evaluation))
-            self.start(i)
-
-    def step(self, i: int, action: int) -> tuple[float, bool, bool]:
-        """Reward, terminated and truncated of game i, without starting it anew; its observation is obs[i]."""
-        reward, terminated = self.games[i].act(action)
-        self.returns[i] += reward
-        self.lengths[i] += 1
-        self.obs[i, ..., : self.channels[i]] = self.games[i].state()
-        return reward, terminated, self.lengths[i] == TIME_LIMIT and not terminated
-
-
-# === shared: router ===
-class Router(nn.Module):
-    """Weights w (N, B, n) of n experts for inputs x (N, B, d); linear without a bias, as in the code of 2402.08609.
-
-    softmoe    w = softmax(x Phi)
-    topk       the k largest of that softmax as they are, the others 0, as in the code of 2402.08609 (Riquelme et al.
-               2021; k = 1 is the Switch gate; Shazeer et al. 2017 would make the k sum to 1)
+    softmoe    w = softmax(x Phi), linear without a bias, as in the code of 2402.08609
+    topk       the k largest of that softmax as they are, the others 0, as in that code (Riquelme et al. 2021;
+               k = 1 is the Switch gate; Shazeer et al. 2017 would make the k sum to 1)
     hardcoded  w = onehot(task); nothing to learn
     """
 
-    def __init__(self, networks: int, inputs: int, args: Args):
+    def __init__(self, experts: list[nn.Module], inputs: int, args: Args, slots: int = 1):
         super().__init__()
-        self.kind, self.num_experts, self.top_k = args.router, args.num_experts, args.top_k
-        self.balance = torch.zeros(())  # Switch's load-balancing loss of the last call
-        if self.kind != "hardcoded":
-            self.phi = nn.Parameter(torch.randn(networks, inputs, self.num_experts) / math.sqrt(inputs))
+        self.experts, self.router, self.top_k, self.balance = nn.ModuleList(experts), args.router, args.top_k, 0.0
+        if self.router != "hardcoded":
+            self.phi = nn.Parameter(torch.randn(inputs, slots * len(experts)) / math.sqrt(inputs))
 
-    def forward(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
-        """x (N, B, d), task (B,) -> w (N, B, n)."""
-        if self.kind == "hardcoded":
-            w = (task[:, None] == torch.arange(self.num_experts, device=x.device)).to(x.dtype)
-            return w.expand(len(x), -1, -1)
-        w = (x @ self.phi).softmax(-1)
-        if self.kind == "topk":
-            chosen = torch.zeros_like(w).scatter_(-1, w.topk(self.top_k, -1).indices, 1.0)
+    def weights(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """x (B, ..), task (B,) -> w (B, n)."""
+        n = len(self.experts)
+        if self.router == "hardcoded":
+            return F.one_hot(task, n).float()
+        w = (x.flatten(1) @ self.phi).softmax(1)
+        if self.router == "topk":
+            chosen = torch.zeros_like(w).scatter_(1, w.topk(self.top_k, 1).indices, 1.0)
             # Fedus et al. 2021: n sum_i (share of samples that go to i) (mean of w_i), which is 1 where all are equal
-            self.balance = self.num_experts * (chosen.mean(-2) / self.top_k * w.mean(-2)).sum()  # of each network
+            self.balance = n * (chosen.mean(0) / self.top_k * w.mean(0)).sum()
             w = w * chosen
         return w
 
-
-# === end shared ===
-class Route:
-    """topk and hardcoded: an expert computes the tokens that chose it, R = B k rows sorted by expert, and no others."""
-
-    def __init__(self, w: torch.Tensor, k: int):
-        """Weights w (B, n), k of them chosen in each row."""
-        self.shape = w.shape
-        weight, expert = w.topk(k, -1)  # (B, k)
-        self.expert, self.order = expert.flatten().sort(stable=True)  # (R,)
-        self.token, self.weight = self.order // k, weight.flatten()[self.order, None]  # (R,), (R, 1)
-        # where the rows of each expert end
-        self.ends = torch.searchsorted(self.expert, torch.arange(w.shape[1], device=w.device), right=True).int()
-
-    def combine(self, y: torch.Tensor) -> torch.Tensor:
-        """Rows y (1, R, h) -> sum_i w_i y_i (B, h)."""
-        y = y[0] * self.weight
-        return torch.zeros_like(y).index_copy(0, self.order, y).unflatten(0, (self.shape[0], -1)).sum(1)
-
-    def spread(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows x (1, R, ..) -> (n, B, ..), 0 where an expert was not chosen."""
-        full = x.new_zeros(self.shape[1], self.shape[0], *x.shape[2:])
-        full[self.expert, self.token] = x[0]
-        return full
+    def forward(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """x (B, ..), task (B,) -> y (B, h). With topk and hardcoded an expert computes the samples that chose it."""
+        w = self.weights(x, task)
+        self.w = w.detach()  # to be looked at
+        if self.router == "softmoe":
+            return torch.einsum("bn,nbh->bh", w, torch.stack([expert(x) for expert in self.experts]))
+        rows = [column.nonzero().squeeze(1) for column in w.T]  # (B_i,) for each expert
+        y = torch.cat([w[r, i, None] * f(x[r]) for i, (r, f) in enumerate(zip(rows, self.experts, strict=True))])
+        return y.new_zeros(len(x), y.shape[1]).index_add(0, torch.cat(rows), y)
 
 
-class Experts(nn.Module):
-    """E linear maps d -> h as one matrix product; orthogonal weights, as in ppo.py."""
+class CellMixture(Mixture):
+    """Mixture whose tokens are the m cells of a sample; experts d -> d with p slots each."""
 
-    def __init__(self, experts: int, inputs: int, outputs: int, gain: float):
-        super().__init__()
-        self.weight = nn.Parameter(
-            torch.stack([nn.init.orthogonal_(torch.empty(inputs, outputs), gain) for _ in range(experts)])
-        )
-        self.bias = nn.Parameter(torch.zeros(experts, 1, outputs))
-
-    def forward(self, x: torch.Tensor, route: Route | None = None) -> torch.Tensor:
-        """x (E, B, d), or (1, B, d) for all experts -> (E, B, h). A route's rows, c of each token: (1, R c, d or h).
-
-        In float32 grouped_mm is a loop over the experts inside PyTorch; on a GPU it waits to read the route's ends.
-        """
-        weight = self.weight
-        if route is None:
-            return torch.baddbmm(self.bias, x.expand(len(weight), -1, -1), weight)
-        rows, (_, d, h) = len(route.expert), weight.shape
-        if d % 4 or h % 4:  # grouped_mm wants rows that begin at multiples of 16 bytes
-            x = torch.cat([x, x.new_zeros(1, x.shape[1], -d % 4)], 2)  # F.pad would write it twice
-            weight = F.pad(weight, (0, -h % 4, 0, -d % 4))
-        y = F.grouped_mm(x[0], weight, offs=route.ends * (x.shape[1] // rows))[:, :h]  # (R c, h)
-        # a product, because with several threads the gradient of self.bias[route.expert] is another sum each time
-        bias = F.one_hot(route.expert, len(weight)).to(y.dtype) @ self.bias[:, 0]  # (R, h)
-        return (y.unflatten(0, (rows, -1)) + bias[:, None]).flatten(0, 1)[None]
-
-
-class TokenMoE(nn.Module):
-    """Mixture over the m = 64 tokens of a sample, d = 16 channels each; expert f_i = MLP d-h-d with ReLU.
-
-    softmoe            D = softmax over tokens of X Phi, S = D^T X, C = softmax over slots of X Phi, Y = C f(S)
-    topk, hardcoded    y = sum_i w_i(x) f_i(x) for each token x; a token's task is its sample's
-    """
-
-    def __init__(self, hidden: int, args: Args, size: int = 16):
-        super().__init__()
-        self.num_experts, self.chosen = args.num_experts, chosen(args)
-        self.up = Experts(args.num_experts, size, hidden, math.sqrt(2))
-        self.down = Experts(args.num_experts, hidden, size, 1.0)
-        if self.chosen is None:
-            self.phi = nn.Parameter(torch.randn(size, args.num_experts * args.slots) / math.sqrt(size))
-        else:
-            self.router = Router(1, size, args)
-
-    def forward(self, x: torch.Tensor, task: torch.Tensor, trace: dict | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """X (B, m, d), task (B,) -> Y (B, m, d)."""
-        batch, tokens, _ = x.shape
-        if self.chosen is None:
-            # (B, n p, m) in memory: a softmax over a long last dimension is many times faster than over a short one
-            logits = (x @ self.phi).transpose(1, 2).contiguous()
-            dispatch, combine = logits.softmax(2), logits.softmax(1)
-            slots = (dispatch @ x).unflatten(1, (self.num_experts, -1)).transpose(0, 1)  # (n, B, p, d)
-            h = self.up(slots.flatten(1, 2)).relu_()  # (n, B p, h)
-            y = self.down(h).unflatten(1, (batch, -1)).transpose(0, 1).flatten(1, 2)  # (B, n p, d)
-            y = combine.transpose(1, 2) @ y
-            if trace is not None:
-                w = combine.mean(2).unflatten(1, (self.num_experts, -1))  # (B, n, p), the mean over the tokens
-                trace |= {"router2": w.sum(2), "layer2": neurons(h)}  # of layer2 a slot is a sample
-        else:
-            x_flat = x.flatten(0, 1)[None]  # (1, B m, d)
-            w = self.router(x_flat, task.repeat_interleave(tokens))[0]  # (B m, n)
-            route = Route(w, self.chosen)
-            h = self.up(x_flat.index_select(1, route.token), route).relu()  # (1, R, h)
-            y = route.combine(self.down(h, route)).view_as(x)
-            if trace is not None:
-                trace |= {"router2": w.view(batch, tokens, -1).mean(1), "layer2": neurons(route.spread(h))}
-        return y
+        if self.router != "softmoe":  # a token's task is that of its sample
+            return super().forward(x.flatten(0, 1), task.repeat_interleave(x.shape[1])).view_as(x)
+        logits = (x @ self.phi).transpose(1, 2).contiguous()  # (B, n p, m): the longer one last, which is much faster
+        dispatch, combine = logits.softmax(2), logits.softmax(1)
+        slots = (dispatch @ x).chunk(len(self.experts), 1)  # n of (B, p, d)
+        y = torch.cat([expert(slot) for expert, slot in zip(self.experts, slots, strict=True)], 1)  # (B, n p, d)
+        self.w = combine.detach().mean(2).unflatten(1, (len(slots), -1)).sum(2)  # (B, n), the mean over the tokens
+        return combine.transpose(1, 2) @ y
 
 
-class MoE(nn.Module):
-    """Picture -> 3x3 convolution to 16 channels -> 128 -> outputs with ReLU; some layers are mixtures of n experts.
+def layer(inputs: int, outputs: int, gain: float = 2**0.5) -> nn.Linear:
+    """Linear layer with orthogonal weights and no bias at the start, as in ppo.py."""
+    linear = nn.Linear(inputs, outputs)
+    nn.init.orthogonal_(linear.weight, gain)
+    nn.init.zeros_(linear.bias)
+    return linear
 
-    baseline   y = W3 relu(W2 relu(W1 * x))                       (biases left out)
-    middle     the second layer: h2 = sum_i w_i(h1) relu(W2_i h1), or a TokenMoE on h1
-    final      the last layer:   y = sum_i w_i(h2) W3_i h2
-    all        every layer, each with a router of its own
-    big        each expert is a whole network: y = sum_i w_i(x) W3_i relu(W2_i relu(W1_i * x)), one router
+
+class Conv(nn.Conv2d):
+    """3x3 convolution whose channels stand last: (B, 10, 10, C) -> (B, 8, 8, width)."""
+
+    def __init__(self, channels: int, width: int):
+        super().__init__(channels, width, 3)
+        nn.init.orthogonal_(self.weight, 2**0.5)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Network(nn.Module):
+    """Convolution to 16 channels, 128 units and a head, with ReLU: layers f1, f2, f3, some of them mixtures.
+
+    baseline   y = f3(f2(f1(x)))
+    middle     y = f3(sum_i w_i(h) f2_i(h)), h = f1(x); with PerConv tokens f2 maps cells to cells
+    final      y = sum_i w_i(h) f3_i(h), h = f2(f1(x))
+    all        every layer is a mixture with a router of its own
+    big        each expert is a whole network: y = sum_i w_i(x) f3_i(f2_i(f1_i(x))), one router
     """
 
     MIXED = {"baseline": (), "middle": (1,), "final": (2,), "all": (0, 1, 2), "big": (0, 1, 2)}  # layers with experts
 
     def __init__(self, channels: int, outputs: int, gain: float, architecture: str, args: Args):
         super().__init__()
-        mixed, self.big, self.chosen = self.MIXED[architecture], architecture == "big", chosen(args)
-        share = args.num_experts if len(mixed) == 1 else math.sqrt(args.num_experts)  # for --match-params
-        self.tokens = architecture == "middle" and args.tokens == "perconv"
-        conv, dense = (
-            max(round(width / share), 1) if args.match_params and layer in mixed else width
-            for layer, width in enumerate((16, 128))
+        n, mixed = args.num_experts, self.MIXED[architecture]
+        share = n if len(mixed) == 1 else math.sqrt(n)  # for --match-params
+        widths = [max(round(w / share), 1) if args.match_params and i in mixed else w for i, w in enumerate((16, 128))]
+        conv, units = widths
+        make = (  # each layer, and how many numbers a router in front of it sees
+            (lambda: nn.Sequential(Conv(channels, conv), nn.ReLU(), nn.Flatten()), 100 * channels),
+            (lambda: nn.Sequential(layer(64 * conv, units), nn.ReLU()), 64 * conv),
+            (lambda: layer(units, outputs, gain), units),
         )
-        experts = [args.num_experts if layer in mixed else 1 for layer in range(3)]
-        self.layers = nn.ModuleList(
-            [
-                Experts(experts[0], 9 * channels, conv, math.sqrt(2)),
-                TokenMoE(dense, args) if self.tokens else Experts(experts[1], 64 * conv, dense, math.sqrt(2)),
-                Experts(experts[2], 64 * conv if self.tokens else dense, outputs, gain),
+        if architecture == "big":
+            layers = [Mixture([nn.Sequential(*(f() for f, _ in make)) for _ in range(n)], 100 * channels, args)]
+        elif architecture == "middle" and args.tokens == "perconv":
+            experts = [nn.Sequential(layer(16, units), nn.ReLU(), layer(units, 16, 1.0)) for _ in range(n)]
+            layers = [nn.Sequential(Conv(channels, conv), nn.ReLU(), nn.Flatten(1, 2))]  # (B, 64, 16)
+            layers += [
+                CellMixture(experts, 16, args, args.slots),
+                nn.Sequential(nn.Flatten(), layer(1024, outputs, gain)),
             ]
-        )
-        inputs = (100 * channels, 64 * conv, dense)
-        routed = () if self.tokens else mixed[:1] if self.big else mixed
-        self.routers = nn.ModuleDict({str(layer): Router(1, inputs[layer], args) for layer in routed})
+        else:
+            layers = [Mixture([f() for _ in range(n)], d, args) if i in mixed else f() for i, (f, d) in enumerate(make)]
+        self.layers = nn.ModuleList(layers)
 
-    def forward(self, picture, patches, task, trace: dict | None = None) -> torch.Tensor:
-        """What see() returns, (B, 100 C) and (B, 64, 9 C), and task (B,) -> y (B, out). measure() looks at `trace`."""
-        x, w, route = patches[None], None, None  # (1, B, 64, 9 C)
-        for layer, experts in enumerate(self.layers):
-            if trace is not None and layer == 2:
-                weight = 1 if not self.big else w.T[..., None] if route is None else route.weight
-                trace["features"] = neurons(x * weight if route is None else route.spread(x * weight))
-            if str(layer) in self.routers:
-                w = self.routers[str(layer)]((x if layer else picture[None]), task)[0]  # (B, n)
-                if trace is not None:
-                    trace[f"router{layer + 1}"] = w
-                if self.chosen is not None:
-                    route = Route(w, self.chosen)
-                    x = x.index_select(1, route.token)  # (1, R, ..)
-            if layer == 1 and self.tokens:
-                x = experts(x[0].unflatten(1, (64, -1)), task, trace).flatten(1)[None]  # (1, B, 1024)
-                continue
-            rows = x.shape[1]
-            x = experts(x.flatten(1, -2), route)
-            if layer < 2:
-                x = F.relu(x, inplace=route is None)  # in place on a view, as a route gives, is slow
-                if trace is not None:  # of the convolution a neuron is a channel, and every position a sample
-                    y = x.unflatten(1, (rows, -1))
-                    trace[f"layer{layer + 1}"] = neurons(y if route is None else route.spread(y))
-            if layer == 0:
-                x = x.unflatten(1, (rows, -1)).flatten(2)  # (E, B 64, 16) -> (E, B, 1024)
-            if w is not None and (layer == 2 or not self.big):  # y = sum_i w_i f_i(x)
-                x = torch.einsum("bn,nbh->bh", w, x)[None] if route is None else route.combine(x)[None]
-                w = route = None
-        return x[0]
-
-
-def chosen(args: Args) -> int | None:
-    """How many experts compute a token; None is all of them."""
-    return {"softmoe": None, "topk": args.top_k, "hardcoded": 1}[args.router]
-
-
-def neurons(x: torch.Tensor) -> torch.Tensor:
-    """Outputs of all experts x (E, B, .., h) -> a row of all neurons for each token or cell (B .., E h)."""
-    return x.movedim(0, -2).flatten(-2).flatten(0, -2)
-
-
-def see(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """obs (B, 10, 10, C) bool -> the pictures (B, 100 C) and their 3x3 patches (B, 64, 9 C), float.
-
-    Three neighbouring cells of a row are 3 C numbers in a row of memory, so the patches are copied in runs.
-    """
-    batch, side, _, channels = obs.shape
-    x = obs.float()
-    patches = x.flatten(2).unfold(2, 3 * channels, channels).unfold(1, 3, 1)  # (B, 8, 8, 3 C, 3)
-    return x.flatten(1), patches.transpose(3, 4).reshape(batch, (side - 2) ** 2, 9 * channels)
+    def forward(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """x (B, 10, 10, C), task (B,) -> y (B, out)."""
+        for f in self.layers:
+            x = f(x, task) if isinstance(f, Mixture) else f(x)
+        return x
 
 
 class Agent(nn.Module):
@@ -391,76 +268,51 @@ class Agent(nn.Module):
     def __init__(self, args: Args):
         super().__init__()
         channels = max(CHANNELS[task] for task in args.tasks)
-        self.actor = MoE(channels, ACTIONS, 0.01, args.actor_moe, args)
-        self.critic = MoE(channels, 1, 1.0, args.critic_moe, args)
+        self.actor = Network(channels, ACTIONS, 0.01, args.actor_moe, args)
+        self.critic = Network(channels, 1, 1.0, args.critic_moe, args)
         self.to(args.device)
-        self.vector = as_one_vector(self)
-        self.optimizer = torch.optim.Adam([self.vector], lr=args.learning_rate, eps=1e-5, fused=True)
+        self.optimizers = [torch.optim.Adam(self.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)]
 
+    def value(self, obs: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """obs (B, 10, 10, C), task (B,) -> V (B,)."""
+        return self.critic(obs.float(), task).squeeze(1)
 
-def as_one_vector(module: nn.Module) -> torch.Tensor:
-    """One vector that holds all parameters, which become views of it: one operation then clips or steps."""
-    vector = torch.cat([p.detach().flatten() for p in module.parameters()])
-    for p, part in zip(module.parameters(), vector.split([p.numel() for p in module.parameters()]), strict=True):
-        p.data = part.view_as(p)
-    return vector
-
-
-class Batch(NamedTuple):
-    obs: torch.Tensor  # (B, 10, 10, C) bool
-    task: torch.Tensor  # (B,)
-    action: torch.Tensor  # (B,)
-    log_prob: torch.Tensor  # (B,), of the policy that acted
-    advantage: torch.Tensor  # (B,)
-    target: torch.Tensor  # (B,), of the critic
+    @torch.no_grad()
+    def act(self, obs: torch.Tensor, task: torch.Tensor, policy: str) -> torch.Tensor:
+        """obs (B, 10, 10, C), task (B,) -> action (B,): a draw (stochastic) or the likeliest (deterministic)."""
+        logits = self.actor(obs.float(), task)
+        return draw(logits) if policy == "stochastic" else logits.argmax(1)
 
 
 def draw(logits: torch.Tensor) -> torch.Tensor:
-    """logits (B, A) -> action (B,) ~ softmax, as torch.multinomial draws, but without waiting for the GPU."""
-    return (logits.softmax(-1) / torch.empty_like(logits).exponential_()).argmax(-1)
+    """logits (B, A) -> action (B,) ~ softmax, as torch.multinomial draws, without its checks, which wait for a GPU."""
+    return (logits.softmax(1) / torch.empty_like(logits).exponential_()).argmax(1)
 
 
 @torch.no_grad()
-def rollout(agent: Agent, games: Games, steps: int, args: Args) -> tuple[Batch, list[tuple[int, float, int]]]:
-    """`steps` steps of all N games with their advantages, and (task, return, length) of the episodes that ended."""
-    number = len(games.games)
-    obs = torch.empty(steps, *games.obs.shape, dtype=torch.bool, device=args.device)
-    action, log_prob = torch.empty(2, steps, number, device=args.device)
-    reward, terminated, done = np.zeros((3, steps, number), np.float32)
-    episodes, cut = [], []  # cut: step, game and last observation where the time limit ended an episode
+def rollout(agent: Agent, games: "Games", steps: int, args: Args) -> tuple[Batch, list[tuple[int, float, int]]]:
+    """`steps` steps of all N games with their advantages, and task, return and length of each episode that ended."""
+    columns, cut, episodes = [], {}, []
     for t in range(steps):
-        obs[t] = torch.from_numpy(games.obs)
-        log_probs = agent.actor(*see(obs[t]), games.task).log_softmax(-1)
-        choice = draw(log_probs)
-        action[t], log_prob[t] = choice, log_probs.gather(1, choice[:, None]).squeeze(1)
-        for i, a in enumerate(choice.tolist()):
-            reward[t, i], ended, truncated = games.step(i, a)
-            if ended or truncated:
-                terminated[t, i], done[t, i] = ended, True
-                episodes.append((int(games.task[i]), games.returns[i], games.lengths[i]))
-                if truncated:
-                    cut.append((t, i, games.obs[i].copy()))
-                games.start(i)
+        obs = torch.from_numpy(games.obs.copy()).to(args.device)  # (N, 10, 10, C)
+        log_probs, value = agent.actor(obs.float(), games.task).log_softmax(1), agent.value(obs, games.task)
+        action = draw(log_probs)
+        log_prob = log_probs.gather(1, action[:, None]).squeeze(1)
+        reward, terminated, truncated, ended = games.step(action.tolist())
+        columns.append((obs, games.task, action, log_prob, value, reward, terminated, truncated))
+        for i, last_obs, episode in ended:
+            episodes.append((int(games.task[i]), *episode))
+            if truncated[i]:
+                cut[t, i] = last_obs  # before the new episode's first
+    *batch, value, reward, terminated, truncated = map(torch.stack, zip(*columns, strict=True))  # (T, N, ...)
 
-    task = games.task.expand(steps, -1)
-    last = torch.from_numpy(np.stack([*games.obs, *(x for *_, x in cut)])).to(args.device)
-    last_task = torch.cat([games.task, games.task[[i for _, i, _ in cut]]])
-    rows, tasks = torch.cat([obs.flatten(0, 1), last]), torch.cat([task.flatten(), last_task])
-    value = torch.cat(
-        [agent.critic(*see(x), y).squeeze(1) for x, y in zip(rows.split(1024), tasks.split(1024), strict=True)]
-    )
-    value, next_value, cut_value = value.split([steps * number, number, len(cut)])
-    value = value.view(steps, number)
-    next_value = torch.cat([value[1:], next_value[None]])
-    for (t, i, _), v in zip(cut, cut_value, strict=True):
-        next_value[t, i] = v
-    reward, terminated, done = (torch.from_numpy(x).to(args.device) for x in (reward, terminated, done))
-    advantage = gae(reward, value, next_value, terminated, done, args)
-    columns = obs, task, action.long(), log_prob, advantage, advantage + value
-    return Batch(*(x.flatten(0, 1) for x in columns)), episodes
+    next_value = torch.cat([value[1:], agent.value(torch.from_numpy(games.obs).to(args.device), games.task)[None]])
+    for (t, i), last_obs in cut.items():
+        next_value[t, i] = agent.value(torch.from_numpy(last_obs)[None].to(args.device), games.task[i : i + 1])
+    advantage = gae(reward, value, next_value, terminated.float(), (terminated | truncated).float(), args)
+    return Batch(*(x.flatten(0, 1) for x in (*batch, advantage, advantage + value))), episodes
 
 
-# === shared: gae ===
 def gae(reward, value, next_value, terminated, done, args: Args) -> torch.Tensor:
     """Generalised advantage estimate, all (steps, N). A time limit cuts the sum but keeps the value behind it."""
     delta = reward + args.gamma * (1 - terminated) * next_value - value
@@ -472,12 +324,10 @@ def gae(reward, value, next_value, terminated, done, args: Args) -> torch.Tensor
     return torch.stack(advantages).flip(0)
 
 
-# === end shared ===
 def losses_of(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Losses of actor and critic, each with its load-balancing loss, and what is logged."""
-    inputs = *see(batch.obs), batch.task
     # Actor: maximise E[min(r A, clip(r, 1 - eps, 1 + eps) A)] + c H(pi), r = pi(a|s) / pi_old(a|s)
-    log_probs = agent.actor(*inputs).log_softmax(-1)  # (B, 6)
+    log_probs = agent.actor(batch.obs.float(), batch.task).log_softmax(1)  # (B, 6)
     log_ratio = log_probs.gather(1, batch.action[:, None]).squeeze(1) - batch.log_prob  # (B,)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
@@ -486,16 +336,15 @@ def losses_of(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, tor
     entropy = -(log_probs.exp() * log_probs).sum(1).mean()
 
     # Critic: minimise E[(V(s) - (A + V_old(s)))^2]
-    critic_loss = (agent.critic(*inputs).squeeze(1) - batch.target).square().mean()
-    with torch.no_grad():
-        metrics = {
-            "losses/critic": critic_loss.detach(),
-            "losses/actor": actor_loss.detach(),
-            "policy/entropy": entropy.detach(),
-            "policy/kl": (ratio - 1 - log_ratio).mean(),  # of the policy that acted from this one, never negative
-            "policy/clipped": (ratio != clipped).float().mean(),
-        }
-    balance = [sum(m.balance for m in net.modules() if isinstance(m, Router)) for net in (agent.actor, agent.critic)]
+    critic_loss = (agent.value(batch.obs, batch.task) - batch.target).square().mean()
+    metrics = {
+        "losses/critic": critic_loss.detach(),
+        "losses/actor": actor_loss.detach(),
+        "policy/entropy": entropy.detach(),
+        "policy/kl": (ratio - 1 - log_ratio).detach().mean(),  # KL(pi_old || pi), estimated, never negative
+        "policy/clipped": (ratio != clipped).float().mean(),
+    }
+    balance = [sum(m.balance for m in net.modules() if isinstance(m, Mixture)) for net in (agent.actor, agent.critic)]
     actor_loss = actor_loss - args.ent_coef * entropy + args.load_balance * balance[0]
     return actor_loss, args.vf_coef * critic_loss + args.load_balance * balance[1], metrics
 
@@ -503,9 +352,11 @@ def losses_of(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, tor
 def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     """One step of Adam on actor and critic by a minibatch. Returns detached scalars."""
     actor_loss, critic_loss, metrics = losses_of(agent, batch, args)
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(actor_loss + critic_loss, list(agent.parameters()))])
-    agent.vector.grad = gradient.mul_((args.max_grad_norm / (gradient.norm() + 1e-6)).clamp_(max=1))
-    agent.optimizer.step()
+    (optimizer,) = agent.optimizers
+    optimizer.zero_grad()
+    (actor_loss + critic_loss).backward()
+    nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
     return metrics
 
 
@@ -515,10 +366,157 @@ def learn(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     for _ in range(args.update_epochs):
         for rows in torch.randperm(len(batch.obs)).to(args.device).chunk(args.num_minibatches):
             metrics.append(update(agent, Batch(*(x[rows] for x in batch)), args))
-    return {key: torch.stack([m[key] for m in metrics]).mean(0) for key in metrics[0]}
+    return {key: torch.stack([m[key] for m in metrics]).mean() for key in metrics[0]}
 
 
-# === shared: moe metrics ===
+def train(args: Args, saved: dict | None = None):
+    """Roll out and learn, in the continual protocol one game after the other; from `saved` on if there is one."""
+    torch.manual_seed(args.seed)
+    number, size = len(args.tasks), args.num_envs * args.num_steps
+    playing = args.tasks if args.protocol == "multitask" else args.tasks[:1]
+    agent, games = Agent(args), Games([playing[i % len(playing)] for i in range(args.num_envs)], args)
+    run = Run(args, saved, size, agent=agent, games=games)  # all that a checkpoint holds
+    (optimizer,) = agent.optimizers
+    for step in run.steps():
+        first = step - size  # of this rollout
+        phase = running_phase(first, args)
+        if first and phase != running_phase(first - size, args):
+            games.begin([args.tasks[phase % number]] * args.num_envs, max(games.episodes) + 1)
+            optimizer.state.clear()
+        progress = first * phases(args) / args.total_timesteps - phase  # of this phase
+        optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress if args.anneal_lr else 1)
+        batch, episodes = rollout(agent, games, args.num_steps, args)
+        metrics = learn(agent, batch, args) | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
+
+        for task in {task for task, *_ in episodes}:
+            results = np.mean([values for t, *values in episodes if t == task], axis=0)
+            metrics[f"charts/episodic_return_{task}"], metrics[f"charts/episodic_length_{task}"] = results
+        run.log(metrics)
+        if run.policies(step):
+            run.evaluate()
+        if run.due(step, args.checkpoint_every):
+            run.save()
+
+
+# ======================================================================================================================
+# That was the agent. The rest, mostly the same in both multi-task scripts: games, measurements, files, flags, errors.
+# ======================================================================================================================
+TIME_LIMIT = 1_000  # steps of an episode, as in gymnax; MinAtar has none but Freeway's 2,500
+PROBE = 4, 128  # games of each task, and their steps, that the networks are measured on
+
+
+class Games:
+    """N games of MinAtar side by side; obs (N, 10, 10, C) bool is what they show, task (N,) which they are.
+
+    Each episode has its own seed. A checkpoint therefore needs no game's state: resume plays the running episodes'
+    actions again. Sticky actions (0.1) and the ramp of difficulty are MinAtar's defaults; the time limit truncates.
+    """
+
+    def __init__(self, tasks: list[str], args: Args, evaluation: bool = False):
+        self.args, self.first_seed, self.half = args, args.seed * 100_003, 2**31 * evaluation  # upper half of uint32
+        self.begin(tasks, 0)
+
+    def begin(self, tasks: list[str], first: int):
+        """Other games, game i in its episode first + i."""
+        with exit_on_error(f"--tasks {' '.join(self.args.tasks)}", "pip install minatar"):
+            from minatar import Environment
+        self.tasks, self.games = list(tasks), [Environment(task) for task in tasks]
+        self.task = torch.tensor([self.args.tasks.index(task) for task in tasks], device=self.args.device)
+        self.obs = np.zeros((len(tasks), 10, 10, max(CHANNELS[task] for task in self.args.tasks)), bool)
+        self.episodes, self.played, self.returns = ([None] * len(tasks) for _ in range(3))
+        for i, game in enumerate(self.games):
+            game.seed(0)  # from now on both of its parts have one random state
+            self.start(i, first + i)
+
+    def start(self, i: int, episode: int):
+        """Game i starts the episode with this number."""
+        game, self.episodes[i], self.played[i], self.returns[i] = self.games[i], episode, [], 0.0
+        game.random.seed(self.half + (self.first_seed + episode) % 2**31)
+        game.reset()
+        game.last_action = 0  # which reset() forgets
+        self.obs[i, ..., : game.n_channels] = game.state()  # channels that it lacks stay empty
+
+    def play(self, i: int, action: int) -> tuple[float, bool, bool]:
+        """Reward, terminated and truncated of one step of game i."""
+        reward, terminated = self.games[i].act(action)
+        self.obs[i, ..., : self.games[i].n_channels] = self.games[i].state()
+        self.played[i].append(action)
+        self.returns[i] += float(reward)
+        return float(reward), bool(terminated), len(self.played[i]) >= TIME_LIMIT and not terminated
+
+    def step(self, actions: list[int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list]:
+        """Actions (N,) -> reward, terminated, truncated (N,). A game that ends starts its next episode.
+
+        Last comes (game, last observation, (return, length)) of each episode that ended.
+        """
+        steps, ended = [self.play(i, action) for i, action in enumerate(actions)], []
+        for i, (_, terminated, truncated) in enumerate(steps):
+            if terminated or truncated:
+                ended.append((i, self.obs[i].copy(), (self.returns[i], len(self.played[i]))))
+                self.start(i, max(self.episodes) + 1)
+        return *(torch.tensor(x, device=self.args.device) for x in zip(*steps, strict=True)), ended
+
+    def state_dict(self) -> dict:
+        return {"obs": torch.from_numpy(self.obs)} | {k: getattr(self, k) for k in ("tasks", "episodes", "played")}
+
+    def load_state_dict(self, state: dict):
+        self.begin(state["tasks"], 0)
+        for i, (episode, actions) in enumerate(zip(state["episodes"], state["played"], strict=True)):
+            self.start(i, episode)
+            for action in actions:
+                self.play(i, action)
+        if not np.array_equal(self.obs, state["obs"]):
+            raise ValueError("a game does not repeat its own episode, start anew")
+
+
+def make_envs(args: Args, evaluation: bool) -> Games:
+    """The games of an evaluation, --eval-episodes of each task."""
+    return Games([task for task in args.tasks for _ in range(args.eval_episodes)], args, evaluation)
+
+
+def evaluate(agent: Agent, games: Games, args: Args, step: int, policy: str, watch=lambda live: None) -> list[dict]:
+    """Rows of eval.csv, of each task raw returns of episodes with their own seeds; random states stay as they are."""
+    games.begin(games.tasks, 0)
+    live = list(range(len(games.games)))
+    with torch.random.fork_rng([args.device] if args.device != "cpu" else []):
+        torch.manual_seed(args.seed)
+        while live and not SIGNALS:
+            watch(live)
+            action = agent.act(torch.from_numpy(games.obs[live]).to(args.device), games.task[live], policy)
+            live = [i for i, a in zip(live, action.tolist(), strict=True) if not any(games.play(i, a)[1:])]
+    results = [(r, len(played), math.nan, math.nan) for r, played in zip(games.returns, games.played, strict=True)]
+    parts = np.split(np.array(results), len(args.tasks))  # games know no success
+    return [] if SIGNALS else [eval_row(step, policy, task, part) for task, part in enumerate(parts)]
+
+
+def film(agent: Agent, args: Args, path: Path):
+    """A GIF of one episode of each task, one after the other."""
+    with exit_on_error("--video", "pip install pillow"):
+        from PIL import Image  # comes with tensorboard
+
+        games, frames = make_envs(args, evaluation=True), [[] for _ in args.tasks]
+        grey = np.linspace(80, 255, games.obs.shape[-1])  # the higher the channel, the brighter
+
+        def watch(live: list[int]):
+            for i in live:
+                picture = (games.obs[i] * grey).max(-1).astype(np.uint8)  # (10, 10)
+                frames[i].append(Image.fromarray(picture.repeat(16, 0).repeat(16, 1)))
+
+        evaluate(agent, games, args, 0, "deterministic", watch)
+        first, *others = itertools.chain(*frames)
+        first.save(path, save_all=True, append_images=others, duration=40, loop=0)
+
+
+def probe(agent: Agent, args: Args, parts: dict) -> tuple[torch.Tensor, dict, dict]:
+    """Tasks (B,), inputs of actor and critic, and the losses of each task, on a rollout of all tasks."""
+    games = Games([task for task in args.tasks for _ in range(PROBE[0])], args, evaluation=True)
+    games.begin(games.tasks, 10**6)
+    batch, _ = rollout(agent, games, PROBE[1], args)
+    losses = [losses_of(agent, Batch(*(x[batch.task == t] for x in batch)), args) for t in range(len(args.tasks))]
+    inputs, (actor, critic, _) = (batch.obs.float(), batch.task), zip(*losses, strict=True)
+    return batch.task, {"actor": inputs, "critic": inputs}, {"actor": actor, "critic": critic}
+
+
 def dormant(x: torch.Tensor, tau: float) -> torch.Tensor:
     """Neurons x (B, H) -> mask (H,). Sokar et al. 2023: dormant if E|h_j| / mean_k E|h_k| <= tau."""
     size = x.abs().mean(0)
@@ -544,304 +542,263 @@ def gradient(loss: torch.Tensor, module: nn.Module) -> torch.Tensor:
 
 
 def entropy_of(w: torch.Tensor) -> torch.Tensor:
-    """Weights w (..., B, n) of n experts -> mean entropy [nats] of a state's weights, scaled to sum to 1."""
+    """Weights w (B, n) of n experts -> mean entropy [nats] of a state's weights, scaled to sum to 1."""
     return torch.special.entr(w / w.sum(-1, keepdim=True)).sum(-1).mean()
 
 
-MOE_COLUMNS = ("global_step", "network", "metric", "task", "item", "value")
-TAUS = (0.025, 0.0)
-
-
-def write_moe(run_dir: Path, rows: list[dict]):
-    """moe.csv, in the form of eval.csv."""
-    lines = [",".join(MOE_COLUMNS)] + [",".join(f"{row[c]}" for c in MOE_COLUMNS) for row in rows]
-    write(run_dir / "moe.csv", "\n".join([*lines, ""]).encode())
-
-
-def log_moe(writer: SummaryWriter, rows: list[dict], args: Args, global_step: int):
-    """What measure() returns as scalars, and each router as a picture: a row per task, a column per expert."""
-    pictures = {}
-    for row in rows:
-        tag = "/".join(f"{row[key]}" for key in ("network", "metric", "task", "item") if row[key] != "")
-        writer.add_scalar(f"moe/{tag}", row["value"], global_step)
-        if row["metric"].startswith("router"):
-            empty = torch.zeros(len(args.tasks), args.num_experts)
-            pictures.setdefault((row["network"], row["metric"]), empty)[row["task"], row["item"]] = row["value"]
-    for (network, metric), weights in pictures.items():
-        picture = weights.repeat_interleave(20, 0).repeat_interleave(20, 1)
-        writer.add_image(f"moe/{network}/{metric}", picture, global_step, dataformats="HW")
-
-
-# === end shared ===
-def count_parameters(moe: MoE, args: Args) -> tuple[int, int]:
+def count_parameters(module: nn.Module, args: Args) -> dict[str, int]:
     """All parameters, and those that one token needs: an expert of weight 0 is not needed."""
     share = {"softmoe": 1.0, "topk": args.top_k / args.num_experts, "hardcoded": 1 / args.num_experts}[args.router]
-    total = sum(p.numel() for p in moe.parameters())
-    layers = [layer for layer in moe.modules() if isinstance(layer, Experts) and len(layer.weight) > 1]
-    experts = sum(p.numel() for layer in layers for p in layer.parameters())
-    return total, total - round(experts * (1 - share))
+    total = sum(p.numel() for p in module.parameters())
+    experts = sum(p.numel() for m in module.modules() if isinstance(m, Mixture) for p in m.experts.parameters())
+    return {"total": total, "active": total - round(experts * (1 - share))}
 
 
-PROBE = 4, 128  # games of each task, and their steps, that the networks are measured on
+@torch.no_grad()
+def look_inside(module: nn.Module, inputs: tuple) -> list[tuple[dict, dict, torch.Tensor]]:
+    """What runs through each Network of `module`: neurons of each hidden layer, weights of each router, features.
+
+    Neurons: a row per sample (convolution: per cell; Soft MoE on cells: per slot), a column per neuron of all experts,
+    0 where one was not chosen. Weights (B, n). Features (B, F): what the last layer multiplies, of big all w_i h_i.
+    """
+    seen, result = {}, []
+    hooks = [m.register_forward_hook(lambda m, x, y: seen.update({m: (x[0], y)})) for m in module.modules()]
+    module(*inputs)
+    for hook in hooks:
+        hook.remove()
+
+    def spread(layer, i, x):  # the rows of expert i in their places, 0 where it was not chosen
+        if not isinstance(layer, Mixture) or layer.router == "softmoe":
+            return x
+        full = x.new_zeros(len(layer.w), *x.shape[1:])
+        full[layer.w[:, i] > 0] = x
+        return full
+
+    for layers in (m.layers for m in module.modules() if isinstance(m, Network)):
+        big, neurons, routers = len(layers) == 1, {}, {}
+        for k, layer in enumerate([*layers] * 3 if big else layers):
+            experts = layer.experts if isinstance(layer, Mixture) else [layer]
+            parts = [expert[k] if big else expert for expert in experts]
+            if isinstance(layer, Mixture) and not (big and k):
+                routers[f"router{k + 1}"] = layer.w.unflatten(0, (len(inputs[-1]), -1)).mean(1)  # over the cells
+            outputs = [seen[m][1] for part in parts for m in part.modules() if isinstance(m, nn.ReLU)]
+            if outputs:
+                columns = [spread(layer, i, x).flatten(0, -2) for i, x in enumerate(outputs)]
+                neurons[f"layer{k + 1}"] = torch.cat(columns, 1)
+        features = [layer.w[:, i, None] * spread(layer, i, seen[f][0]) for i, f in enumerate(parts)] if big else []
+        result.append((neurons, routers, torch.cat(features, 1) if big else seen[layer][0].flatten(1)))
+    return result
 
 
-def measure(agent: Agent, args: Args, global_step: int) -> list[dict]:
-    """Rows of moe.csv, measured on a rollout of all tasks, whichever are trained. Training does not notice.
+def measure(agent: Agent, args: Args, step: int, parts: dict) -> list[dict]:
+    """Rows of moe.csv, measured on the states of all tasks that probe() finds. Training does not notice.
 
-    dormant_TAU    share of dormant neurons, per hidden layer and in total, on the states of each task (column task) and
-                   on all. Of the convolution a neuron is a channel. topk, hardcoded: a neuron is 0 where its expert is
-                   not chosen, our choice: an expert never chosen is dormant as a whole, and its zeros lower the mean
-                   that tau refers to. So compare routers on all states, or with equal n
-    rank, width,   of the penultimate features: what the last layer multiplies by its weights (big: all w_i f_i);
-    norm           effective rank (at most the number of states), number, mean norm
-    router         mean weight of each task (column task) and expert (column item); topk: 0 where it is not chosen, so a
-                   row sums to less than 1. PerConv: of Soft MoE the mean of combine over the cells
-    entropy        mean over a task's states of the entropy of their weights [nats]: 0 is one expert per state. PerConv:
-                   of the mean weights of a state's cells
-    cosine         between the gradients of two tasks' losses (columns task and item); unlike in training, advantages
-                   are normalised within a task
-    parameters     all of them, and those active for one token: what is left without experts of weight 0
+    dormant_TAU  share of dormant neurons, per hidden layer and in total, on all states and on those of a task (column
+                 task). Of a convolution a neuron is a channel. A neuron is 0 where its expert is not chosen (ours)
+    rank, width, norm  of the penultimate features: effective rank (at most the number of states), number, mean norm
+    router       mean weight of each task (column task) and expert (column item); if cells are tokens, over the cells
+    entropy      mean over a task's states of the entropy of their weights [nats]: 0 is one expert per state
+    cosine       between the gradients of two tasks' losses (columns task and item)
+    parameters   all of them, and those active for one token: what is left without experts of weight 0
+    Of two critics router is the first's, cosine is of both gradients as one, parameters a sum, and the rest a mean.
     """
     rows = []
 
     def row(network, metric, value, task="", item=""):
-        values = (global_step, network, metric, task, item, round(float(value), 6))
-        rows.append(dict(zip(MOE_COLUMNS, values, strict=True)))
+        rows.append({"global_step": step, "network": network, "metric": metric, "task": task, "item": item})
+        rows[-1]["value"] = round(float(value), 6)
 
-    with torch.random.fork_rng([args.device] if args.device.startswith("cuda") else []):
+    with torch.random.fork_rng([args.device] if args.device != "cpu" else []):
         torch.manual_seed(args.seed)
-        games = Games([task for task in args.tasks for _ in range(PROBE[0])], args)
-        games.reset(args, first=10**6, evaluation=True)
-        batch, _ = rollout(agent, games, PROBE[1], args)
-        parts = [Batch(*(x[batch.task == t] for x in batch)) for t in range(len(args.tasks))]
-        losses = [losses_of(agent, part, args) for part in parts]
-        for network in ("actor", "critic"):
-            moe, trace = getattr(agent, network), {}
-            with torch.no_grad():
-                moe(*see(batch.obs), batch.task, trace)
-            layers = {key: x for key, x in trace.items() if key.startswith("layer")}
-            for t in ("", *range(len(args.tasks))):
-                mask = batch.task == t if t != "" else torch.ones_like(batch.task, dtype=torch.bool)
-                mine = {key: x[mask.repeat_interleave(len(x) // len(mask))] for key, x in layers.items()}
-                for tau in TAUS:
-                    masks = {key: dormant(x, tau).float() for key, x in mine.items()}
-                    for key, neurons in (masks | {"total": torch.cat(list(masks.values()))}).items():
-                        row(network, f"dormant_{tau}", neurons.mean(), t, key)
-            row(network, "rank", effective_rank(trace["features"]))
-            row(network, "width", trace["features"].shape[-1])
-            row(network, "norm", trace["features"].norm(dim=1).mean())
-            for key, w in trace.items():
-                if key.startswith("router"):
-                    for t in range(len(args.tasks)):
-                        for expert, value in enumerate(w[batch.task == t].mean(0).tolist()):
-                            row(network, key, value, t, expert)
-                        row(network, key.replace("router", "entropy"), entropy_of(w[batch.task == t]), t)
-            for item, number in zip(("total", "active"), count_parameters(moe, args), strict=True):
-                row(network, "parameters", number, item=item)
-            table = cosines([gradient(loss[network == "critic"], moe) for loss in losses]).tolist()
-            for j in range(len(parts)):
-                for i in range(j):
-                    row(network, "cosine", table[i][j], i, j)
+        task, inputs, losses = probe(agent, args, parts)
+    seen = task.unique().tolist()
+    for name in ("actor", "critic"):
+        module = getattr(agent, name)
+        neurons, routers, features = zip(*look_inside(module, inputs[name]), strict=True)  # of each network
+        for t in ("", *seen):
+            mask = task == t if t != "" else torch.ones_like(task, dtype=torch.bool)
+            mine = [{k: x[mask.repeat_interleave(len(x) // len(mask))] for k, x in net.items()} for net in neurons]
+            for tau in (0.025, 0.0):
+                asleep = {key: torch.cat([dormant(net[key], tau) for net in mine]).float() for key in mine[0]}
+                for key, x in (asleep | {"total": torch.cat(list(asleep.values()))}).items():
+                    row(name, f"dormant_{tau}", x.mean(), t, key)
+        row(name, "rank", np.mean([effective_rank(x) for x in features]))
+        row(name, "width", features[0].shape[1])
+        row(name, "norm", torch.cat(features).norm(dim=1).mean())
+        for key, w in routers[0].items():
+            for t in seen:
+                for expert, value in enumerate(w[task == t].mean(0).tolist()):
+                    row(name, key, value, t, expert)
+                entropy = entropy_of(torch.cat([weights[key][task == t] for weights in routers]))
+                row(name, key.replace("router", "entropy"), entropy, t)
+        for item, number in count_parameters(module, args).items():
+            row(name, "parameters", number, item=item)
+        table = cosines([gradient(loss, module) for loss in losses[name]]).tolist()
+        for i, j in itertools.combinations(range(len(seen)), 2):
+            row(name, "cosine", table[i][j], seen[i], seen[j])
     return rows
 
 
-LIMITS = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, math.inf)}  # others: positive
-LIMITS |= {"load_balance": (0, math.inf)}
-WORLD = 1  # process; several are for ppo.py and ppo_pmoe.py
+def eval_row(step: int, policy: str, task: int, results) -> dict:
+    """A row of eval.csv, of return, length, success and success_once of each episode."""
+    values, std = (f(results, axis=0).round(4).tolist() for f in (np.mean, np.std))
+    row = {"global_step": step, "policy": policy, "task": task, "episodes": len(results), "return": values[0]}
+    return row | {"return_std": std[0]} | dict(zip(("length", "success", "success_once"), values[1:], strict=True))
 
 
-# === shared: mixture checks ===
-def check_mixture(args: Args):
-    """Exits where tasks, experts and routers do not fit together, or where a flag would have no effect.
+class Run:
+    """A training and its folder. A checkpoint is `info`, which run.json has as well, and the state of all parts."""
 
-    --router and --num-experts may stand beside two baselines, so that one command fits all architectures.
-    """
-    number, mixed = len(args.tasks), {args.actor_moe, args.critic_moe} - {"baseline"}
-    if mixed and args.router == "topk" and args.top_k > args.num_experts:
-        fail(f"--top-k {args.top_k}: there are {args.num_experts} experts; lower it or raise --num-experts")
-    if mixed and args.router == "hardcoded" and args.num_experts < number:
-        fail(f"--num-experts {args.num_experts}: hardcoded routing needs one for each of {number} tasks; raise it")
-    choosing = mixed and args.router == "topk"
-    for name, useless, partner in (
-        ("--top-k", args.top_k != 1 and not choosing, "--router topk and a mixture"),
-        ("--load-balance", args.load_balance and not choosing, "--router topk and a mixture"),
-        ("--match-params", args.match_params and not mixed, "an architecture other than baseline"),
-        ("--cycles", args.cycles != 1 and args.protocol == "multitask", "--protocol continual"),
-    ):
-        if useless:
-            fail(f"{name}: has no effect here, it goes with {partner}; leave it out")
-    if args.match_params and "final" in mixed:
-        fail("--match-params: the last layer's width is given by the task; leave it out or choose another architecture")
+    def __init__(self, args: Args, saved: dict | None, size: int, agent: Agent, **parts):
+        self.args, self.size, self.agent, self.eval_env = args, size, agent, make_envs(args, evaluation=True)
+        self.step, self.eval_rows, self.moe_rows, self.owed = 0, [], [], False  # owed: what a signal cut short
+        ends = range(size, args.total_timesteps + size, size)  # the end of a phase is evaluated, too
+        phase_ends = {end for end in ends if running_phase(end, args) > running_phase(end - size, args)}
+        self.evaluations = [end for end in ends if end in phase_ends or self.due(end, args.eval_every)]
+        self.parts = {"agent": agent} | parts | {f"optimizer_{i}": x for i, x in enumerate(agent.optimizers)}
+        self.info = describe(args) | {"wall_time": 0.0, "resumed": []}
+        self.info["parameters"] = {name: count_parameters(getattr(agent, name), args) for name in ("actor", "critic")}
+        gpu = [] if args.device == "cpu" else [torch.cuda.default_generators[torch.device(args.device).index or 0]]
+        self.folder, self.rngs = Path(args.run_dir), [torch.default_generator, *gpu]
+        if saved:
+            with exit_on_error(f"--resume {self.folder}", "checkpoint.pt is damaged or of another run"):
+                for name, part in self.parts.items():
+                    part.load_state_dict(saved.pop(name))
+                for rng, state in zip(self.rngs, saved["rng"], strict=True):
+                    rng.set_state(state)
+                self.step, self.owed = saved["global_step"], saved["owed"]
+                now, self.info = {"global_step": self.step} | self.info, {key: saved[key] for key in self.info}
+                self.info["resumed"].append(now)  # of its evaluations a longer run keeps those that it has as well:
+                self.eval_rows = [r for r in saved["eval_rows"] if r["policy"] in self.policies(r["global_step"])]
+                self.moe_rows = [r for r in saved["moe_rows"] if self.policies(r["global_step"])]
+        with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that no other process uses"):
+            str(self.folder).encode()
+            if not saved and (self.folder / "checkpoint.pt").exists():
+                raise ValueError("holds a run; go on with it by --resume")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            OPEN.callback(os.close, folder := os.open(self.folder, os.O_RDONLY))
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another process is at work there
+        for name, count in self.info["parameters"].items():
+            print(f"{SCRIPT}.py: {name}: {count['total']:,} parameters, {count['active']:,} active for one token")
+        self.first = self.step, time.perf_counter()  # of this process, for steps per second
+        self.started = self.first[1] - self.info["wall_time"]
+        self.save()
+        # what fails in TensorBoard's own thread is raised again by the next add_scalar()
+        threading.excepthook = lambda x: None if issubclass(x.exc_type, OSError) else threading.__excepthook__(x)
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+        OPEN.callback(self.writer.close)
+        self.bar = tqdm(initial=self.step, total=args.total_timesteps, disable=None, unit="step")
 
+    def steps(self):
+        """The steps that are left, `size` at a time. Ctrl-C and SIGTERM end them after that, with a checkpoint."""
+        if self.owed:
+            self.evaluate()
+            self.save()
+        while self.step < self.args.total_timesteps and not SIGNALS:
+            self.step += self.size
+            yield self.step
+            self.bar.update(self.size)
+        self.bar.close()
+        if SIGNALS:
+            self.save()
+            name = signal.Signals(SIGNALS[0]).name
+            print(f"{SCRIPT}.py: {name}, step {self.step} is saved; --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + SIGNALS[0])
 
-# === end shared ===
-def check_tasks(args: Args):
-    """Exits where tasks, environments and mixture do not fit together."""
-    number, steps = len(args.tasks), args.num_envs * args.num_steps
-    for task in args.tasks:
-        if task not in CHANNELS:
-            fail(f"--tasks {task}: not a game of MinAtar; choose from {', '.join(CHANNELS)}")
-    if not number or len(set(args.tasks)) < number:
-        fail(f"--tasks {' '.join(args.tasks)}: needs at least one game, and each only once")
-    try:
-        import minatar  # noqa: F401
-    except ImportError as error:
-        fail(f"--tasks {args.tasks[0]}: the package minatar is missing ({error}); pip install minatar")
-    check_mixture(args)
-    middle = "middle" in (args.actor_moe, args.critic_moe)
-    if args.tokens == "persamp" and not middle:
-        fail("--tokens persamp: has no effect here, it goes with the architecture middle; leave it out")
-    if args.slots != 1 and (args.router != "softmoe" or not middle or args.tokens == "persamp"):
-        fail("--slots: has no effect here, it goes with --router softmoe, middle and --tokens perconv; leave it out")
-    if args.match_params and middle and args.tokens == "perconv":
-        fail(
-            "--match-params: experts of cells are smaller than the layer they replace; leave it out or --tokens persamp"
-        )
-    if args.protocol == "multitask" and args.num_envs % number:
-        near = max(args.num_envs // number, 1) * number
-        fail(f"--num-envs {args.num_envs}: must be a multiple of the {number} tasks, such as {near}")
-    if steps % args.num_minibatches or steps // args.num_minibatches < 2:
-        need = f"equal parts of a rollout of {steps} steps, at least 2 each"
-        fail(f"--num-minibatches {args.num_minibatches}: needs {need}; change it, --num-envs or --num-steps")
-    if args.protocol == "continual" and args.total_timesteps < number * args.cycles * steps:
-        fail(f"--total-timesteps {args.total_timesteps}: less than a rollout of {steps} for each phase; give more")
+    def due(self, step: int, every: int) -> bool:
+        """Whether the steps that end at `step` have passed a multiple of `every`, or are the last."""
+        return step // every > (step - self.size) // every or step >= self.args.total_timesteps
 
+    def log(self, metrics: dict) -> float:
+        """Writes curves for TensorBoard. Returns the environment steps per second of this process."""
+        speed = (self.step - self.first[0]) / (time.perf_counter() - self.first[1])
+        for key, value in (metrics | {"charts/SPS": speed}).items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{key} is {float(value)}, the training has diverged")
+            self.writer.add_scalar(key, value, self.step)
+        returns = [f"{value:.1f}" for key, value in metrics.items() if key.startswith("charts/episodic_return")]
+        if returns:
+            self.bar.set_postfix_str(f"return {' '.join(returns)}", refresh=False)
+        return speed
 
-# === shared: run folder ===
-SCRIPT = Path(__file__).stem
+    def policies(self, step: int) -> tuple[str, ...]:
+        """The policies that are evaluated after this step: at the last three evaluations the stochastic one as well."""
+        return ("deterministic", "stochastic")[: (step in self.evaluations) + (step in self.evaluations[-3:])]
 
+    def evaluate(self):
+        """Adds rows to eval.csv and moe.csv."""
+        self.require_finite()
+        results = [evaluate(self.agent, self.eval_env, self.args, self.step, p) for p in self.policies(self.step)]
+        self.owed = bool(SIGNALS)
+        if self.owed or not results:
+            return
+        for rows in results:
+            policy, text = rows[0]["policy"], ""
+            suffix = "" if policy == "deterministic" else f"_{policy}"
+            for key in ("return", "success"):
+                known = {row["task"]: row[key] for row in rows if math.isfinite(row[key])}  # few know success
+                speed = self.log({f"eval/{key}{suffix}_{task}": value for task, value in known.items()})
+                text += f" {key} " * bool(known) + " ".join(f"{value:.2f}" for value in known.values())
+            self.bar.write(f"step {self.step}/{self.args.total_timesteps}: {policy}{text}, {speed:.0f} steps/s")
+            self.eval_rows += rows
+        sys.stdout.flush()  # it may be a file
+        measured, routers = measure(self.agent, self.args, self.step, self.parts), {}
+        for row in measured:
+            tag = "/".join(["moe", *(str(row[key]) for key in ("network", "metric", "task", "item") if row[key] != "")])
+            self.writer.add_scalar(tag, row["value"], self.step)
+            if row["metric"].startswith("router"):
+                routers.setdefault(f"moe/{row['network']}/{row['metric']}", []).append(row["value"])
+        for tag, w in routers.items():  # a row per task, a column per expert, 20 pixels each
+            picture = np.kron(np.reshape(w, (-1, self.args.num_experts)), np.ones((20, 20)))
+            self.writer.add_image(tag, picture, self.step, dataformats="HW")
+        self.moe_rows += measured
+        for name, rows in (("eval.csv", self.eval_rows), ("moe.csv", self.moe_rows)):
+            table = [rows[0], *(row.values() for row in rows)]  # no time: equal runs, equal files
+            write(self.folder / name, "".join(",".join(map(str, row)) + "\n" for row in table).encode())
 
-def flag(name: str) -> str:
-    """`total_timesteps` -> `--total-timesteps`"""
-    return "--" + name.replace("_", "-")
+    def require_finite(self):
+        """Raises FloatingPointError if a weight is not finite."""
+        if not all(x.isfinite().all() for x in self.agent.state_dict().values()):
+            raise FloatingPointError("a weight is not finite, the training has diverged")
 
-
-def given(args: Args) -> dict:
-    """Name -> value of the flags that the command spells out or that are not at their default."""
-    words = {word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv[1:]}
-    values = {field.name: (getattr(args, field.name), field.default) for field in dataclasses.fields(Args)}
-    return {name: value for name, (value, default) in values.items() if value != default or flag(name) in words}
-
-
-def check(args: Args, remedy: str = "--device cpu always works"):
-    """Exits with one line naming the flag and the remedy if a value cannot work. Creates nothing."""
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            low, high = LIMITS.get(field.name, (1 if isinstance(value, int) else 1e-9, math.inf))
-            if not low <= value <= high or value == math.inf:
-                bounds = f"lie between {low} and {high}" if high < math.inf else f"be at least {low}, and finite"
-                fail(f"{flag(field.name)} {value}: must {bounds}")
-    if args.video and args.evaluate is None:
-        fail("--video: goes with --evaluate RUN_DIR")
-    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > WORLD:
-        fail("torchrun --nproc_per_node: this script is one process, ppo.py may be several; start it with python")
-    try:
-        assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
-        assert args.device == "cpu" or torch.cuda.is_available(), "PyTorch finds no GPU"
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # each process of torchrun has its own
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}; {remedy}")
-
-
-def configure(args: Args):
-    """PyTorch's global settings, the same in training and in evaluation."""
-    torch.set_num_threads(args.num_threads)
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
+    def save(self):
+        """Writes checkpoint.pt, model.pt, run.json and, at the end, policy.pt, unless the training has diverged."""
+        self.require_finite()
+        wall_time = time.perf_counter() - self.started
+        self.info |= {"args": dataclasses.asdict(self.args), "global_step": self.step}
+        self.info |= {"wall_time": wall_time, "steps_per_second": self.step / wall_time}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"owed": self.owed, "eval_rows": self.eval_rows, "moe_rows": self.moe_rows}
+        state["rng"] = [rng.get_state() for rng in self.rngs]
+        write(self.folder / "checkpoint.pt", self.info | state)
+        write(self.folder / "model.pt", self.info | {"agent": state["agent"]})
+        if self.step >= self.args.total_timesteps:
+            actor = {key: value for key, value in state["agent"].items() if key.startswith("actor.")}
+            write(self.folder / "policy.pt", self.info | {"agent": actor})
+        write(self.folder / "run.json", json.dumps(self.info, indent=1).encode())
 
 
 def describe(args: Args) -> dict:
-    """What has to be known to repeat the run: for run.json."""
-
-    def git(*command):
-        try:
-            command = ["git", "-C", Path(__file__).parent, *command]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):  # no git, or not in a repository
-            return None
-
-    changes = git("status", "--porcelain", "--untracked-files=no")
-    if changes == "":
-        changes = git("status", "--porcelain", "--", Path(__file__).name)  # a new script is not tracked yet
-    gpu, versions = args.device.startswith("cuda"), {"python": platform.python_version()}
-    chip = torch.cuda.get_device_name(args.device) if gpu else torch.backends.cpu.get_cpu_capability()
-    for name in ("gymnasium", "minatar", "mujoco", "numpy", "torch"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
+    """What one must know to repeat the run: for run.json."""
+    file = shlex.quote(Path(__file__).name)  # one that git does not track has no commit
+    git = f"git ls-files --error-unmatch {file} >/dev/null && git describe --always --dirty --abbrev=40 --exclude '*'"
+    error, commit = subprocess.getstatusoutput(f"cd {shlex.quote(str(Path(__file__).parent))} && {git}")
+    names = [name for name in ("gymnasium", "minatar", "mujoco", "numpy", "torch") if name in sys.modules]
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+    chip = torch.backends.cpu.get_cpu_capability() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     return {
         "script": SCRIPT,
         "command": shlex.join(["python", *sys.argv]),
         "args": dataclasses.asdict(args),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
+        "commit": None if error else commit.removesuffix("-dirty"),
+        "dirty": None if error else commit.endswith("-dirty"),
         "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
-        "processes": WORLD,
     }
 
 
-def new_run_dir(args: Args) -> Path:
-    """Creates and returns the folder of a new run."""
-    env_name = args.env_id.split(":")[-1].translate(str.maketrans("?&=/", "----"))
-    default = f"runs/{env_name}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir or default)
-    if any((run_dir / name).exists() for name in ("checkpoint.pt", "eval.csv")):
-        fail(f"--run-dir {run_dir}: holds another run; choose an empty folder, or continue it with --resume {run_dir}")
-    run = json.dumps(describe(args), indent=1).encode()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)  # of two runs of one second only one has it
-        write(run_dir / "run.json", run)
-    except OSError as error:
-        fail(f"--run-dir {run_dir}: {error.strerror or error}; choose a folder that can be written")
-    return run_dir
-
-
-def load_run(option: str, folder: str, name: str) -> tuple[Args, dict]:
-    """Arguments and content of `name` (model.pt or checkpoint.pt) of a saved run, on the CPU."""
-    try:
-        saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
-        if saved["script"] != SCRIPT:
-            fail(f"{option} {folder}: this run was made by {saved['script']}.py; use that script")
-        missing = ", ".join(flag(f.name) for f in dataclasses.fields(Args) if f.name not in saved["args"])
-        if missing:
-            fail(f"{option} {folder}: the script was another then, without {missing}; use that of run.json's commit")
-        return Args(**saved["args"]), saved
-    except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-        fail(f"{option} {folder}: no readable {name} there ({reason}); give the folder of a run of this script")
-
-
-def resume_run(args: Args) -> tuple[Args, dict]:
-    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer."""
-    saved, checkpoint = load_run("--resume", args.resume, "checkpoint.pt")
-    for name, value in given(args).items():
-        if name == "total_timesteps" and value:
-            if value < saved.total_timesteps:
-                fail(f"--total-timesteps {value}: the run has {saved.total_timesteps} and can only become longer")
-            saved = dataclasses.replace(saved, total_timesteps=value)
-        elif name != "resume" and value != getattr(saved, name):
-            fail(f"{flag(name)} {value}: cannot change in a run that is resumed, it has {getattr(saved, name)}")
-    if not os.access(args.resume, os.W_OK):
-        fail(f"--resume {args.resume}: cannot write there; copy the folder to where you can")
-    check(saved, "a run is resumed on the kind of device that made it")
-    return saved, checkpoint
-
-
-def note_resume(run_dir: Path, args: Args, global_step: int):
-    """Adds to run.json with what the run goes on: command, commit, versions and machine may be other ones now."""
-    run, now = json.loads((run_dir / "run.json").read_text()), describe(args)
-    now = {key: value for key, value in now.items() if key not in ("script", "args")}
-    run["resumed"] = [*run.get("resumed", []), {"global_step": global_step} | now]
-    write(run_dir / "run.json", json.dumps(run, indent=1).encode())
-
-
 def write(path: Path, data: bytes | dict):
-    """Writes a file (a dict by torch.save) under a temporary name first, so that `path` is never half-written."""
+    """Writes a file whole or not at all, a dict by torch.save."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -851,227 +808,157 @@ def write(path: Path, data: bytes | dict):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise OSError(f"cannot write {path}, is the disk full? {error}") from error
 
 
-def write_eval(run_dir: Path, rows: list[dict]):
-    """eval.csv: one line per evaluation, no wall-clock time, so that equal runs give equal files."""
-    lines = [",".join(EVAL_COLUMNS)] + [",".join(f"{row[c]}" for c in EVAL_COLUMNS) for row in rows]
-    write(run_dir / "eval.csv", "\n".join([*lines, ""]).encode())
+SCRIPT, SIGNALS, OPEN = Path(__file__).stem, [], contextlib.ExitStack()  # Ctrl-C or SIGTERM; what main() closes
+LIMITS = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, 1e12)}  # others: positive
+LIMITS |= {"load_balance": (0, 1e12), "num_threads": (1, 4 * (os.cpu_count() or 1))}
+OLDER = {}  # flags that older files lack, and the values at which a script does what it did then
 
 
-# === end shared ===
-EVAL_COLUMNS = ("global_step", "policy", "task", "episodes", "return", "return_std", "length", "success")
-
-
-@torch.no_grad()
-def evaluate(agent: Agent, args: Args, policy: str, global_step: int, frames: list | None = None) -> list[dict]:
-    """Rows of eval.csv, one per task: raw returns over `args.eval_episodes` episodes; deterministic or stochastic.
-
-    Own games and seeds, and the random state is put back afterwards: training is the same with and without it.
-    """
-    games = Games([task for task in args.tasks for _ in range(args.eval_episodes)], args)
-    games.reset(args, first=0, evaluation=True)
-    live = list(range(len(games.games)))
-    with torch.random.fork_rng([args.device] if args.device.startswith("cuda") else []):
-        torch.manual_seed(args.seed)
-        while live:
-            if frames is not None:
-                frames += [(i, games.obs[i].copy()) for i in live]
-            logits = agent.actor(*see(torch.from_numpy(games.obs[live]).to(args.device)), games.task[live])
-            actions = logits.argmax(-1) if policy == "deterministic" else draw(logits)
-            live = [i for i, a in zip(live, actions.tolist(), strict=True) if not any(games.step(i, a)[1:])]
-    rows, results = [], np.array([games.returns, games.lengths]).reshape(2, len(args.tasks), -1)
-    for task, (returns, lengths) in enumerate(results.transpose(1, 0, 2)):
-        numbers = (round(float(v), 4) for v in (returns.mean(), returns.std(), lengths.mean(), math.nan))
-        rows.append(dict(zip(EVAL_COLUMNS, (global_step, policy, task, args.eval_episodes, *numbers), strict=True)))
-    return rows
-
-
-def evaluate_run(args: Args) -> Path:
-    """Evaluates the run in folder `args.evaluate` on all its tasks, prints the result and writes evaluation.json."""
-    for name, value in given(args).items():
-        if name not in ("evaluate", "eval_episodes", "video", "device"):
-            fail(f"{flag(name)} {value}: --evaluate takes it from the run; leave it out")
-    saved, model = load_run("--evaluate", args.evaluate, "model.pt")
-    run = dataclasses.replace(saved, eval_episodes=args.eval_episodes, device=args.device)
-    check_tasks(run)
-    configure(run)
-    agent = Agent(run)
-    agent.load_state_dict(model["agent"])
-    step = model["global_step"]
-    result = {policy: evaluate(agent, run, policy, step) for policy in ("deterministic", "stochastic")}
-    for row in (row for rows in result.values() for row in rows):
-        row |= {"task": run.tasks[row["task"]], "success": None}
-    text = json.dumps(result, indent=1)
-    print(text)
+@contextlib.contextmanager
+def exit_on_error(what: str, remedy: str, code: int = 2, errors=Exception):
+    """Tells whatever fails inside in one line, and ends the script."""
     try:
-        write(Path(args.evaluate) / "evaluation.json", text.encode())
-    except OSError as error:
-        fail(f"--evaluate {args.evaluate}: {error}")
-    if args.video:
-        path, frames = Path(args.evaluate) / "video.gif", []
-        try:
-            import imageio  # comes with gymnasium[mujoco]
-
-            evaluate(agent, dataclasses.replace(run, eval_episodes=1), "deterministic", step, frames)
-            frames = [picture for _, picture in sorted(frames, key=lambda frame: frame[0])]  # one game after the other
-            grey = np.linspace(80, 255, frames[0].shape[-1])  # the higher the channel, the brighter
-            frames = [np.kron((frame * grey).max(-1), np.ones((16, 16))).astype(np.uint8) for frame in frames]
-            imageio.mimsave(path, frames, duration=1000 / 30, loop=0)
-        except Exception as error:  # a missing package, a full disk
-            fail(f"--video: cannot draw {run.env_id} here ({error})")
-        print(f"one deterministic episode of each task: {path}")
-    return Path(args.evaluate)
+        yield
+    except errors as error:
+        reason, frame = str(error).strip().split("\n")[0], traceback.extract_tb(error.__traceback__)[-1]
+        if frame.filename != __file__ or not isinstance(error, (ValueError, FloatingPointError, OSError)):
+            reason = f"{type(error).__name__} {reason} ({frame.filename}:{frame.lineno})"
+        tqdm.write(f"{SCRIPT}.py: {what}: {reason}; {remedy}", file=sys.stderr)
+        raise SystemExit(code) from None
 
 
-def main(args: Args) -> Path:
-    """Trains (or resumes, or evaluates) one agent on all tasks and returns the folder of its run."""
-    check(args)
+def mixture_rules(args: Args) -> list[tuple[bool, str]]:
+    """(wrong, message): tasks and mixture that do not fit together, flags other than --router that have no effect."""
+    number, mixed = len(args.tasks), {args.actor_moe, args.critic_moe} - {"baseline"}
+    n, k, choosing = args.num_experts, args.top_k, bool(mixed) and args.router == "topk"
+    each = f"hardcoded routing needs one for each of {number} tasks; raise it"
+    useless = "has no effect here, leave it out; it goes with"
+    return [
+        (not number, "--tasks: needs at least one"),
+        (len(set(args.tasks)) < number, f"--tasks {' '.join(args.tasks)}: name each only once"),
+        (choosing and k > n, f"--top-k {k}: there are {n} experts; lower it or raise --num-experts"),
+        (mixed and args.router == "hardcoded" and n < number, f"--num-experts {n}: {each}"),
+        (k != 1 and not choosing, f"--top-k: {useless} --router topk and a mixture"),
+        (args.load_balance and not choosing, f"--load-balance: {useless} --router topk and a mixture"),
+        (args.match_params and not mixed, f"--match-params: {useless} an architecture other than baseline"),
+        (args.match_params and "final" in mixed, f"--match-params: {useless} layers whose width is free, not final"),
+        (args.cycles != 1 and args.protocol == "multitask", f"--cycles: {useless} --protocol continual"),
+    ]
+
+
+def rules(args: Args) -> list[tuple[bool, str]]:
+    """(wrong, message) for all that flags together can have wrong."""
+    number, steps, parts = len(args.tasks) or 1, args.num_envs * args.num_steps, args.num_minibatches
+    unknown = " ".join(task for task in args.tasks if task not in CHANNELS)
+    middle = "middle" in (args.actor_moe, args.critic_moe)
+    cells, useless = middle and args.tokens == "perconv", "has no effect here, leave it out; it goes with"
+    near, multitask = max(args.num_envs // number, 1) * number, args.protocol == "multitask"
+    equal = f"needs equal parts of a rollout of {steps} steps, at least 2 each; change it, --num-envs or --num-steps"
+    few = args.total_timesteps < phases(args) * steps and not multitask
+    return [
+        (unknown, f"--tasks {unknown}: no game of MinAtar; choose from {', '.join(CHANNELS)}"),
+        *mixture_rules(args),
+        (args.tokens == "persamp" and not middle, f"--tokens persamp: {useless} the architecture middle"),
+        (args.slots != 1 and not (cells and args.router == "softmoe"), f"--slots: {useless} Soft MoE of cells"),
+        (args.match_params and cells, f"--match-params: {useless} --tokens persamp, experts of cells are small"),
+        (multitask and args.num_envs % number, f"--num-envs {args.num_envs}: no multiple of the tasks, as {near} is"),
+        (steps % parts or steps < 2 * parts, f"--num-minibatches {parts}: {equal}"),
+        (few, f"--total-timesteps {args.total_timesteps}: give a rollout of {steps} for each phase at least"),
+    ]
+
+
+def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
+    """Arguments and, where a run is resumed or evaluated, what it saved. Exits where a flag cannot work."""
+    args, saved, limits = tyro.cli(Args, args=argv, description=__doc__), None, LIMITS
+    option, file, free = "resume", "checkpoint.pt", {"resume", "total_timesteps"}
     if args.evaluate is not None:
-        return evaluate_run(args)
-    run_dir, checkpoint = args.resume, None
-    if args.resume is not None:
-        steps = args.total_timesteps
-        args, checkpoint = resume_run(args)
-        if args.protocol == "continual" and steps not in (None, checkpoint["args"]["total_timesteps"]):
-            fail(f"--total-timesteps {steps}: the continual schedule divides them among the tasks; start a new run")
-    elif args.total_timesteps is None:
-        args = dataclasses.replace(args, total_timesteps=3_024_000)
-    check_tasks(args)
-    configure(args)
-    run_dir = Path(run_dir) if checkpoint else new_run_dir(args)
+        option, file, free = "evaluate", "model.pt", {"evaluate", "video", "eval_episodes", "device", "num_threads"}
+    given = getattr(args, option)
+    if given is not None:
+        path = Path(given) if option == "evaluate" and Path(given).is_file() else Path(given) / file
+        with exit_on_error(f"--{option} {given}", f"give the folder of a run of this script; it has {file}"):
+            if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                raise ValueError("the file is damaged")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved["script"] != SCRIPT:
+                raise ValueError(f"was made by {saved['script']}.py, use that script")
+            saved["args"] = {k: v for k, v in OLDER.items() if k in vars(args)} | saved["args"]
+            if saved["args"].keys() != vars(args).keys():
+                raise ValueError(f"the script was another then, at commit {saved['commit']}")
+            limits = LIMITS | {"total_timesteps": (int(saved["args"]["total_timesteps"]), 1e12)}
+            free -= {"total_timesteps"} if saved["args"]["protocol"] == "continual" else set()  # its phases share them
+            args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))  # flags that are not given are the run's
+    if args.num_threads is None:
+        threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+        args.num_threads = int(threads) if threads.isdecimal() else 2
+    for name, value in vars(args).items():
+        with exit_on_error(f"--{name.replace('_', '-')} {value}", "see --help"):
+            if saved and name not in free and value != saved["args"][name]:
+                raise ValueError(f"cannot change, the run has {saved['args'][name]}")
+            low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"must lie between {low:g} and {high:g}")
+            if name == "video" and value and args.evaluate is None:
+                raise ValueError("goes with --evaluate")
+    with exit_on_error(f"--device {args.device}", "--device cpu always works"):
+        torch.zeros(1, device=args.device).item()
+    with exit_on_error("torchrun", "start it with python"):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("this script is one process")
+    for wrong, message in rules(args):
+        if wrong:
+            print(f"{SCRIPT}.py: {message}", file=sys.stderr)
+            raise SystemExit(2)
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.backends.cudnn.deterministic = True  # or equal runs differ on a GPU
+    torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
+    return args, saved
 
-    torch.manual_seed(args.seed)
+
+def evaluate_run(args: Args, saved: dict):
+    """Prints the evaluation of a saved policy as JSON and writes it, and with --video a GIF, beside the policy."""
+    env, path = make_envs(args, evaluation=True), Path(args.evaluate)
     agent = Agent(args)
-    number, phases = len(args.tasks), len(args.tasks) * args.cycles
-    parameters = {key: count_parameters(getattr(agent, key), args) for key in ("actor", "critic")}
-    for network, (total, active) in parameters.items() if not checkpoint else ():
-        print(f"{SCRIPT}.py: {network}: {total:,} parameters, {active:,} active for one token")
-    global_step, eval_rows, moe_rows, earlier_time = 0, [], [], 0.0
-    rollout_steps = args.num_envs * args.num_steps
+    with exit_on_error(f"--evaluate {path}", "the file is damaged or of another run"):
+        state = {key.removeprefix("actor."): x for key, x in saved["agent"].items() if key.startswith("actor.")}
+        agent.actor.load_state_dict(state)
+    result = {p: evaluate(agent, env, args, saved["global_step"], p) for p in ("deterministic", "stochastic")}
+    if SIGNALS:
+        raise SystemExit(128 + SIGNALS[0])
+    for row in (row for rows in result.values() for row in rows):
+        row["task"] = args.tasks[row["task"]]
+    text = json.dumps(result, indent=1).replace("NaN", "null")
+    print(text)
+    write(path / "evaluation.json" if path.is_dir() else path.with_suffix(".json"), text.encode())
+    if args.video:
+        gif = path / "video.gif" if path.is_dir() else path.with_suffix(".gif")
+        film(agent, dataclasses.replace(args, eval_episodes=1), gif)
+        print(f"one deterministic episode of each task: {gif}")
 
-    def due(every: int, step: int) -> bool:
-        """Whether the rollout that ended at `step` went over a multiple of `every`."""
-        return step // every > (step - rollout_steps) // every
 
-    if checkpoint:
-        before = (checkpoint[k] for k in ("global_step", "eval_rows", "moe_rows", "wall_time"))
-        global_step, eval_rows, moe_rows, earlier_time = before
-        agent.load_state_dict(checkpoint["agent"])
-        agent.optimizer.load_state_dict(checkpoint["optimizer"])
-        torch.set_rng_state(checkpoint["rng"])
-        if args.device.startswith("cuda"):
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"], args.device)
-        if checkpoint["args"]["total_timesteps"] <= global_step < args.total_timesteps:  # its end is not one any more
-            eval_rows = [
-                r for r in eval_rows if r["policy"] == "deterministic" and due(args.eval_every, r["global_step"])
-            ]
-            moe_rows = [r for r in moe_rows if due(args.eval_every, r["global_step"])]
-    start_step = saved_step = global_step
-
-    writer = SummaryWriter(run_dir, purge_step=start_step + 1)
-    progress = tqdm(initial=start_step, total=args.total_timesteps, disable=not sys.stderr.isatty(), unit="step")
-    started, signals = time.perf_counter(), []
-    handlers = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def save():
-        wall_time = earlier_time + time.perf_counter() - started
-        model = {"script": SCRIPT, "args": dataclasses.asdict(args), "global_step": global_step}
-        model["agent"] = agent.state_dict()
-        state = {"optimizer": agent.optimizer.state_dict(), "rng": torch.get_rng_state()}
-        state |= {"eval_rows": eval_rows, "moe_rows": moe_rows, "wall_time": wall_time}
-        if args.device.startswith("cuda"):
-            state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
-        write(run_dir / "checkpoint.pt", model | state)
-        write(run_dir / "model.pt", model)
-        write_eval(run_dir, eval_rows)
-        write_moe(run_dir, moe_rows)
-        run = json.loads((run_dir / "run.json").read_text()) | {"args": model["args"], "global_step": global_step}
-        run |= {"wall_time": wall_time, "steps_per_second": global_step / wall_time}
-        run["parameters"] = {k: {"total": total, "active": active} for k, (total, active) in parameters.items()}
-        write(run_dir / "run.json", json.dumps(run, indent=1).encode())
-
-    def stop(reason: str, code: int):
-        progress.close()
-        print(f"{SCRIPT}.py: step {global_step}: {reason}", file=sys.stderr)
-        raise SystemExit(code)
-
-    def report(metrics: dict[str, torch.Tensor], episodes: list[tuple[int, float, int]], last: bool, switch: bool):
-        """Logs a rollout, and evaluates and measures where that is due."""
-        speed = (global_step - start_step) / (time.perf_counter() - started)
-        scalars = {"charts/SPS": speed, "charts/learning_rate": agent.optimizer.param_groups[0]["lr"]}
-        # not finite if the last update broke a weight
-        scalars["charts/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
-        for task in {task for task, *_ in episodes}:
-            results = np.mean([values for t, *values in episodes if t == task], axis=0).tolist()
-            scalars[f"charts/episodic_return_{task}"], scalars[f"charts/episodic_length_{task}"] = results
-        for key, value in (scalars | {k: v.item() for k, v in metrics.items()}).items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the training has diverged, {key} is {value}")
-            writer.add_scalar(key, value, global_step)
-        if last or switch or due(args.eval_every, global_step):
-            for policy in ("deterministic", "stochastic") if last else ("deterministic",):
-                rows = evaluate(agent, args, policy, global_step)
-                eval_rows.extend(rows)
-                for row in rows:
-                    tag = "eval/return" if policy == "deterministic" else "eval/return_stochastic"
-                    writer.add_scalar(f"{tag}_{row['task']}", row["return"], global_step)
-                text = f"{policy} return " + ", ".join(f"{args.tasks[row['task']]} {row['return']:.1f}" for row in rows)
-                progress.write(f"step {global_step}/{args.total_timesteps}: {text}; {speed:.0f} steps/s")
-            sys.stdout.flush()  # it may be a file
-            measured = measure(agent, args, global_step)
-            log_moe(writer, measured, args, global_step)
-            moe_rows.extend(measured)
-            write_eval(run_dir, eval_rows)
-            write_moe(run_dir, moe_rows)
-
-    try:
-        playing = None
-        if checkpoint:
-            note_resume(run_dir, args, global_step)
-        save()  # from now on the run can be resumed
-        while global_step < args.total_timesteps:
-            phase = running_phase(global_step, args) if args.protocol == "continual" else 0
-            if playing != phase:  # a new task, or the start
-                running = args.tasks if args.protocol == "multitask" else args.tasks[phase % number :][:1]
-                games, playing = Games([running[i % len(running)] for i in range(args.num_envs)], args), phase
-                games.reset(args, first=global_step // args.num_steps)
-                if phase and phase != running_phase(global_step - rollout_steps, args):  # not where a run is resumed
-                    agent.optimizer.state.clear()
-            if args.anneal_lr:
-                progress_made = global_step / args.total_timesteps
-                if args.protocol == "continual":
-                    progress_made = progress_made * phases - phase
-                agent.optimizer.param_groups[0]["lr"] = (1 - progress_made) * args.learning_rate
-            batch, episodes = rollout(agent, games, args.num_steps, args)
-            metrics = learn(agent, batch, args)
-            global_step += rollout_steps
-            progress.update(rollout_steps)
-
-            last = global_step >= args.total_timesteps
-            switch = args.protocol == "continual" and running_phase(global_step, args) > phase  # what it has learned
-            report(metrics, episodes, last, switch)
-            if last or due(args.checkpoint_every, global_step):
-                saved_step = global_step
-                save()
-                games.reset(args, first=global_step // args.num_steps)  # what is resumed starts from new episodes too
-            if signals and not last:
-                kind = signal.Signals(signals[0])
-                stop(f"{kind.name}; --resume {run_dir} goes on from its checkpoint of step {saved_step}", 128 + kind)
-    except FloatingPointError as error:
-        stop(f"{error}; {run_dir} keeps its checkpoint, but --resume would repeat this", 1)
-    except OSError as error:
-        stop(f"{error}; what was saved last stands: mend that, then --resume {run_dir}", 1)
-    finally:
-        progress.close()
-        for kind, handler in handlers.items():
-            signal.signal(kind, handler)
-        with contextlib.suppress(OSError):  # the disk is full, as was said
-            writer.close()
-    print(f"{SCRIPT}.py: finished at step {global_step}; run folder {run_dir}")
-    return run_dir
+def main(argv: list[str] | None = None) -> Path:
+    """Trains, resumes or evaluates as the flags say, those of the command line by default; returns the run's folder."""
+    SIGNALS.clear()
+    if __name__ == "__main__":  # a signal ends the run after its step, a second one at once; in a notebook not ours
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda n, _: (SIGNALS.append(n), signal.signal(n, signal.SIG_DFL)))
+    args, saved = parse(argv)
+    name = f"{args.env_id.split(':')[-1]}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    default = "runs/" + name.translate(str.maketrans("?&=/", "----"))
+    folder = args.evaluate or args.resume or args.run_dir or default
+    with exit_on_error("stopped", f"--resume {folder} goes on", 1, (OSError, FloatingPointError)), OPEN:
+        if args.evaluate is not None:
+            evaluate_run(args, saved)
+        else:
+            train(dataclasses.replace(args, run_dir=folder, resume=None), saved)
+            print(f"{SCRIPT}.py: finished; run folder {folder}")
+    return Path(folder)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may have letters that the terminal lacks
+    main()

@@ -1,3 +1,15 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]>=1.4,<2",
+#     "mujoco>=3.3,<4",
+#     "tyro>=1.0,<2",
+#     "tensorboard>=2.18,<3",
+#     "tqdm>=4.66,<5",
+#     "numpy>=2.0,<3",
+# ]
+# ///
 """Multi-task SAC whose actor and critics may be mixtures of experts: Soft MoE, top-k or hardcoded routing.
 
 Paper   Willi, Obando-Ceron, Foerster, Dziugaite and Castro 2024, "Mixture of Experts in a Mixture of RL settings",
@@ -7,8 +19,7 @@ Layer   y = sum_i w_i(x) f_i(x). softmoe: w = softmax(x Phi). topk: the k larges
 Run       python algos/sac_moe_multitask.py                                  # four rotated target-reaching layouts
           python algos/sac_moe_multitask.py --tasks target-reaching-inverted --num-experts 8 --total-timesteps 320000
           python algos/sac_moe_multitask.py --tasks "HalfCheetah-v5" "HalfCheetah-v5?forward_reward_weight=-1"
-Resume    python algos/sac_moe_multitask.py --resume runs/NAME              # after Ctrl-C, kill -9 or a crash
-Evaluate  python algos/sac_moe_multitask.py --evaluate runs/NAME --video    # every task, both policies, a GIF
+Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
 What differs from sac.py:
 1. T tasks. --protocol multitask: step t is one of task t mod T. --protocol continual: one task after the other,
@@ -19,23 +30,22 @@ What differs from sac.py:
    160,000 steps of four tasks 40,000 are random, and the first update is at the last random step of the first task.
 3. Actor and critics know the task as a one-hot behind the observation. --no-task-id takes it away from the networks and
    their routers, except from hardcoded routing.
-4. MLP states are one token per sample (PerSamp), for which Soft MoE is the dense gate above. --actor-moe, --critic-moe:
-   baseline; middle, final or all layers (each with a router of its own); big: each expert is a whole network. Every
-   expert has the width of the layer that it replaces. --match-params makes them narrower, so that all experts together
-   have about as many weights as the baseline (widths are whole numbers).
-5. Measured at every evaluation: see measure() and moe.csv.
-Where this differs from the papers: they do not have SAC; 1 to 3, --match-params and the tasks are ours. Every expert
-computes every sample, and one that is not chosen is weighted 0: nothing is dropped, and no time is saved. Obstacle
-penalty and speed bonus of the layouts, random steps and first temperature are those of sac.py's default task.
-Letters in the shape comments: B batch, O observation size, A action dimensions, T tasks, n experts, N networks in one
-batch (2 critics or 1 actor), E = n or 1 experts of a layer, d inputs and h outputs of a layer.
+4. The state is one token (PerSamp), for which Soft MoE is the dense gate above. --actor-moe and --critic-moe say which
+   layers are mixtures: see Network. An expert has the width of the layer that it replaces. --match-params makes experts
+   narrower, so that all together have about as many weights as the baseline.
+5. At every evaluation the networks are measured: see measure() and moe.csv.
+Where this differs from the papers: they do not have SAC; 1 to 3, --match-params and the tasks are ours. With topk and
+hardcoded an expert computes all that chose it: nothing is dropped. Obstacle penalty and speed bonus of the layouts,
+random steps and first temperature are those of sac.py's default task.
+Letters in shape comments: B batch, O observation size, A action dimensions, T tasks, n experts, d inputs, h outputs.
 """
 
-# === shared: imports ===
 import ast
 import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -44,10 +54,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
+import traceback
+import zipfile
+from collections import namedtuple
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import gymnasium as gym
 import numpy as np
@@ -58,7 +72,6 @@ import tyro
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# === end shared ===
 TARGET = "moe_envs:TargetReaching-v0?layout=task{}&obstacle_penalty=-10&speed_bonus=0.3"
 LAYOUTS = tuple(TARGET.format(i) for i in range(4))
 TASK_SETS = {  # names that --tasks understands
@@ -74,28 +87,28 @@ Architecture = Literal["baseline", "middle", "final", "all", "big"]
 class Args:
     tasks: tuple[str, ...] = LAYOUTS  # ids, arguments after "?"; or target-reaching(-inverted), halfcheetah-directions
     seed: int = 1  # seed of everything random
-    total_timesteps: int | None = None  # of all tasks together (default: 160,000; with --resume those of that run)
+    total_timesteps: int = 160_000  # environment steps of all tasks together
     run_dir: str | None = None  # folder of this run (default: runs/<tasks>__<script>__s<seed>__<time>)
-    resume: str | None = None  # folder of a run to continue from its last checkpoint
-    evaluate: str | None = None  # folder of a run to evaluate instead of training
-    video: bool = False  # with --evaluate: also write video.gif into the run folder
+    resume: str | None = None  # folder of a run to go on with; --total-timesteps can make a multitask one longer
+    evaluate: str | None = None  # folder of a run, or a policy's file, to evaluate instead of training
+    video: bool = False  # with --evaluate: also write a GIF beside it
     eval_every: int = 5_000  # steps between evaluations
     eval_episodes: int = 5  # episodes of each task per evaluation
     checkpoint_every: int = 10_000  # steps between checkpoints
     device: str = "cpu"  # cpu, cuda or cuda:N
-    num_threads: int = 2  # CPU threads of PyTorch; 1 where another run needs the other core
+    num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 2)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
-    # === shared: sac arguments ===
+    # SAC
     learning_starts: int = 10_000  # uniformly random steps before the first update
-    buffer_size: int = 1_000_000  # rows of replay: a transition takes one, the end of an episode another
+    buffer_size: int = 1_000_000  # transitions in the replay
     update_every: int = 1  # environment steps per update
     batch_size: int = 256  # transitions per update
     gamma: float = 0.99  # discount
     tau: float = 0.005  # share of the critic that its target takes over per update
     policy_lr: float = 3e-4  # Adam's step size for the actor
     q_lr: float = 3e-4  # Adam's step size for the critics and the temperature
-    alpha_init: float = 0.1  # temperature at the start; why, says sac.py's docstring
-    # === end shared ===
+    alpha_init: float = 0.1  # temperature at the start; sac.py's docstring says why
+    # tasks and mixture
     protocol: Literal["multitask", "continual"] = "multitask"  # all tasks at once, or one after the other
     cycles: int = 1  # continual: times that the list of tasks is gone through
     task_id: bool = True  # append the task's one-hot to the observation
@@ -116,274 +129,142 @@ class Args:
         return next((name for name, ids in TASK_SETS.items() if ids == self.tasks), f"{len(self.tasks)}tasks")
 
 
-def fail(message: str):
-    """One line on stderr and exit code 2: the run cannot start."""
-    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def phases(args: Args) -> int:
+    """How many times the tasks change, and one."""
+    return len(args.tasks) * args.cycles if args.protocol == "continual" else 1
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    """`id?key=value&key=value` -> environment with a flat Box observation and actions in [-1, 1]^A.
-
-    When an episode ends, info["episode"] has its return "r" and its length "l".
-    """
-    name, _, query = env_id.partition("?")
-    try:
-        kwargs = {key: value for key, _, value in (pair.partition("=") for pair in query.split("&") if pair)}
-        for key, value in kwargs.items():
-            try:
-                kwargs[key] = ast.literal_eval(value)  # numbers, booleans, tuples
-            except (ValueError, SyntaxError):
-                pass  # a plain word stays a string
-        env = gym.make(name, **kwargs, **({"render_mode": render_mode} if render_mode else {}))
-        env.unwrapped.action_space.seed(0)
-        env.unwrapped.reset(seed=0)
-        env.unwrapped.step(env.unwrapped.action_space.sample())  # an argument of a wrong kind may show only now
-    except Exception as error:  # whatever the environment's own code raises
-        hint = "give an id of gymnasium.pprint_registry(), with arguments as id?name=value&name=value"
-        if isinstance(error, ImportError):
-            hint = "install it (moe_envs: pip install -e . in the repository)"
-        elif "-v" not in name:
-            hint += f", or one of the sets: {', '.join(TASK_SETS)}"
-        fail(f"--tasks {env_id}: {(str(error).strip() or type(error).__name__).splitlines()[0]}; {hint}")
-    for role, space in (("action", env.action_space), ("observation", env.observation_space)):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            fail(f"--tasks {env_id}: needs a flat Box {role} space such as Pendulum-v1's, this one has {space}")
-    if (env.spec.max_episode_steps or -1) < 0:
-        fail(f"--tasks {env_id}: has no time limit, an evaluation may never end; give {name}?max_episode_steps=1000")
-    if not np.isfinite([env.action_space.low, env.action_space.high]).all():
-        fail(f"--tasks {env_id}: action bounds must be finite to be rescaled to [-1, 1], they are {env.action_space}")
-    return gym.wrappers.RescaleAction(gym.wrappers.RecordEpisodeStatistics(env), np.float32(-1), np.float32(1))
+def running_phase(step: int, args: Args) -> int:
+    """The phase to which step `step` (from 0) belongs; in the continual protocol its task is that mod T."""
+    return step * phases(args) // args.total_timesteps
 
 
-def make_envs(tasks: tuple[str, ...]) -> list[gym.Env]:
-    """The environments of all tasks, which must have the same shapes."""
-    envs = [make_env(task) for task in tasks]
-    for task, env in zip(tasks, envs, strict=True):
-        for role in ("observation_space", "action_space"):
-            first, shape = getattr(envs[0], role).shape, getattr(env, role).shape
-            if shape != first:
-                fail(f"--tasks {task}: {role} has shape {shape}, that of {tasks[0]} {first}; leave one of them out")
-    return envs
+class Mixture(nn.Module):
+    """y = sum_i w_i(x) f_i(x) of n experts f_i of any kind.
 
-
-def episode_seed(seed: int, episode: int, evaluation: bool = False) -> int:
-    """Seed of one episode, below 2^32; training seeds lie in the lower half, evaluation seeds in the upper."""
-    return (2**31 if evaluation else 0) + (seed * 100_003 + episode) % 2**31
-
-
-# === shared: schedule ===
-def running_phase(global_step: int, args: Args) -> int:
-    """The phase of the continual protocol to which step `global_step` (from 0) belongs; its task is that mod T."""
-    return global_step * len(args.tasks) * args.cycles // args.total_timesteps
-
-
-# === end shared ===
-# === shared: replay ===
-class Batch(NamedTuple):
-    obs: torch.Tensor  # (B, O)
-    action: torch.Tensor  # (B, A)
-    reward: torch.Tensor  # (B,)
-    terminated: torch.Tensor  # (B,)
-    next_obs: torch.Tensor  # (B, O)
-
-
-class ReplayBuffer:
-    """Ring of rows on the training device: obs_i, action_i, reward_i, terminated_i; next_obs_i is obs_{i+1}.
-
-    So each observation is stored once. The last observation of an episode takes a row that starts no transition:
-    `starts`, a ring on the CPU, lists the rows that do, oldest first. One row takes 4 (O + A + 2) + 8 bytes.
-    """
-
-    def __init__(self, rows: int, obs_dim: int, action_dim: int, device: torch.device):
-        self.obs = torch.zeros(rows, obs_dim, device=device)
-        self.action = torch.zeros(rows, action_dim, device=device)
-        self.reward = torch.zeros(rows, device=device)
-        self.terminated = torch.zeros(rows, device=device)
-        self.starts = torch.zeros(rows, dtype=torch.int64)
-        self.row = self.first = self.count = self.filled = 0
-
-    def add(self, obs, action, reward, terminated, next_obs, done):
-        """Stores one transition of NumPy arrays and Python numbers, dropping the oldest where the ring is full."""
-        rows, row = len(self.obs), self.row
-        next_row = (row + 1) % rows
-        while self.count and int(self.starts[self.first]) in (row, next_row):  # its rows are about to be overwritten
-            self.first, self.count = (self.first + 1) % rows, self.count - 1
-        self.obs[row] = torch.from_numpy(obs)
-        self.action[row] = torch.from_numpy(action)
-        self.reward[row], self.terminated[row] = reward, terminated
-        self.obs[next_row] = torch.from_numpy(next_obs)
-        self.starts[(self.first + self.count) % rows] = row
-        self.count += 1
-        self.filled = min(max(self.filled, row + 2), rows)
-        self.row = (row + 1 + done) % rows
-
-    def sample(self, batch_size: int) -> Batch:
-        """Uniform over the stored transitions, with replacement."""
-        rows = self.starts[(self.first + torch.randint(self.count, (batch_size,))) % len(self.obs)].to(self.obs.device)
-        data = (x[rows] for x in (self.obs, self.action, self.reward, self.terminated))
-        return Batch(*data, self.obs[(rows + 1) % len(self.obs)])
-
-    def state_dict(self) -> dict:
-        """The rows in use, as copies where a view would drag the empty rows into the file."""
-        full = self.filled == len(self.obs)
-        return {k: v[: self.filled].clone() if torch.is_tensor(v) and not full else v for k, v in vars(self).items()}
-
-    def load_state_dict(self, state: dict):
-        for key, value in state.items():
-            if torch.is_tensor(value):
-                getattr(self, key)[: len(value)] = value
-            else:
-                setattr(self, key, value)
-
-
-# === end shared ===
-# === shared: router ===
-class Router(nn.Module):
-    """Weights w (N, B, n) of n experts for inputs x (N, B, d); linear without a bias, as in the code of 2402.08609.
-
-    softmoe    w = softmax(x Phi)
-    topk       the k largest of that softmax as they are, the others 0, as in the code of 2402.08609 (Riquelme et al.
-               2021; k = 1 is the Switch gate; Shazeer et al. 2017 would make the k sum to 1)
+    softmoe    w = softmax(x Phi), linear without a bias, as in the code of 2402.08609
+    topk       the k largest of that softmax as they are, the others 0, as in that code (Riquelme et al. 2021;
+               k = 1 is the Switch gate; Shazeer et al. 2017 would make the k sum to 1)
     hardcoded  w = onehot(task); nothing to learn
     """
 
-    def __init__(self, networks: int, inputs: int, args: Args):
+    def __init__(self, experts: list[nn.Module], inputs: int, args: Args, slots: int = 1):
         super().__init__()
-        self.kind, self.num_experts, self.top_k = args.router, args.num_experts, args.top_k
-        self.balance = torch.zeros(())  # Switch's load-balancing loss of the last call
-        if self.kind != "hardcoded":
-            self.phi = nn.Parameter(torch.randn(networks, inputs, self.num_experts) / math.sqrt(inputs))
+        self.experts, self.router, self.top_k, self.balance = nn.ModuleList(experts), args.router, args.top_k, 0.0
+        if self.router != "hardcoded":
+            self.phi = nn.Parameter(torch.randn(inputs, slots * len(experts)) / math.sqrt(inputs))
 
-    def forward(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
-        """x (N, B, d), task (B,) -> w (N, B, n)."""
-        if self.kind == "hardcoded":
-            w = (task[:, None] == torch.arange(self.num_experts, device=x.device)).to(x.dtype)
-            return w.expand(len(x), -1, -1)
-        w = (x @ self.phi).softmax(-1)
-        if self.kind == "topk":
-            chosen = torch.zeros_like(w).scatter_(-1, w.topk(self.top_k, -1).indices, 1.0)
+    def weights(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """x (B, ..), task (B,) -> w (B, n)."""
+        n = len(self.experts)
+        if self.router == "hardcoded":
+            return F.one_hot(task, n).float()
+        w = (x.flatten(1) @ self.phi).softmax(1)
+        if self.router == "topk":
+            chosen = torch.zeros_like(w).scatter_(1, w.topk(self.top_k, 1).indices, 1.0)
             # Fedus et al. 2021: n sum_i (share of samples that go to i) (mean of w_i), which is 1 where all are equal
-            self.balance = self.num_experts * (chosen.mean(-2) / self.top_k * w.mean(-2)).sum()  # of each network
+            self.balance = n * (chosen.mean(0) / self.top_k * w.mean(0)).sum()
             w = w * chosen
         return w
 
+    def forward(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """x (B, ..), task (B,) -> y (B, h). With topk and hardcoded an expert computes the samples that chose it."""
+        w = self.weights(x, task)
+        self.w = w.detach()  # to be looked at
+        if self.router == "softmoe":
+            return torch.einsum("bn,nbh->bh", w, torch.stack([expert(x) for expert in self.experts]))
+        rows = [column.nonzero().squeeze(1) for column in w.T]  # (B_i,) for each expert
+        y = torch.cat([w[r, i, None] * f(x[r]) for i, (r, f) in enumerate(zip(rows, self.experts, strict=True))])
+        return y.new_zeros(len(x), y.shape[1]).index_add(0, torch.cat(rows), y)
 
-# === end shared ===
-class MoE(nn.Module):
-    """N MLPs d-256-256-out with ReLU as one batched network; some of their layers are mixtures of n experts.
 
-    baseline   y = W3 relu(W2 relu(W1 x))                           (biases left out)
-    middle     the second layer: h2 = sum_i w_i(h1) relu(W2_i h1)
-    final      the last layer:   y = sum_i w_i(h2) W3_i h2
-    all        every layer, each with a router of its own
-    big        each expert is a whole network: y = sum_i w_i(x) W3_i relu(W2_i relu(W1_i x)), one router
-    All experts of a layer are one baddbmm. Initialised like nn.Linear, uniform within 1 / sqrt(fan-in).
+class Network(nn.Module):
+    """MLP d-256-256-h with ReLU: layers f1, f2, f3, some of them mixtures.
+
+    baseline   y = f3(f2(f1(x)))
+    middle     y = f3(sum_i w_i(h) f2_i(h)), h = f1(x)
+    final      y = sum_i w_i(h) f3_i(h), h = f2(f1(x))
+    all        every layer is a mixture with a router of its own
+    big        each expert is a whole network: y = sum_i w_i(x) f3_i(f2_i(f1_i(x))), one router
     """
 
     MIXED = {"baseline": (), "middle": (1,), "final": (2,), "all": (0, 1, 2), "big": (0, 1, 2)}  # layers with experts
 
-    def __init__(self, networks: int, inputs: int, outputs: int, architecture: str, args: Args, hidden: int = 256):
+    def __init__(self, inputs: int, outputs: int, architecture: str, args: Args, hidden: int = 256):
         super().__init__()
-        mixed, self.networks, self.big = self.MIXED[architecture], networks, architecture == "big"
-        narrow = hidden
+        n, mixed, narrow = args.num_experts, self.MIXED[architecture], hidden
         if args.match_params and architecture == "middle":
-            narrow = max(round(hidden / args.num_experts), 1)
+            narrow = max(round(hidden / n), 1)
         elif args.match_params:  # h with n (h^2 + e h) = H^2 + e H: a network of width h has h^2 + e h weights
             e = inputs + outputs
-            narrow = max(round((math.sqrt(e**2 + 4 * (hidden**2 + e * hidden) / args.num_experts) - e) / 2), 1)
-        widths = [inputs, *(narrow if layer in mixed else hidden for layer in (0, 1)), outputs]
-        self.weights, self.biases, self.routers = nn.ParameterList(), nn.ParameterList(), nn.ModuleDict()
-        for layer in range(3):
-            fan_in, width = widths[layer : layer + 2]
-            experts, bound = args.num_experts if layer in mixed else 1, 1 / math.sqrt(fan_in)
-            for parameters, rows in ((self.weights, fan_in), (self.biases, 1)):
-                parameters.append(nn.Parameter(torch.empty(networks, experts, rows, width).uniform_(-bound, bound)))
-            if layer in mixed and not (self.big and layer):
-                self.routers[str(layer)] = Router(networks, fan_in, args)
+            narrow = max(round((math.sqrt(e**2 + 4 * (hidden**2 + e * hidden) / n) - e) / 2), 1)
+        h1, h2 = (narrow if i in mixed else hidden for i in (0, 1))
+        make = (  # each layer, and how many numbers a router in front of it sees
+            (lambda: nn.Sequential(nn.Linear(inputs, h1), nn.ReLU()), inputs),
+            (lambda: nn.Sequential(nn.Linear(h1, h2), nn.ReLU()), h1),
+            (lambda: nn.Linear(h2, outputs), h2),
+        )
+        if architecture == "big":
+            layers = [Mixture([nn.Sequential(*(f() for f, _ in make)) for _ in range(n)], inputs, args)]
+        else:
+            layers = [Mixture([f() for _ in range(n)], d, args) if i in mixed else f() for i, (f, d) in enumerate(make)]
+        self.layers = nn.ModuleList(layers)
 
-    def forward(self, x: torch.Tensor, task: torch.Tensor, trace: dict | None = None) -> torch.Tensor:
-        """x (B, d), task (B,) -> y (N, B, out). What measure() looks at goes into `trace`."""
-        x = x.expand(self.networks, 1, *x.shape)  # (N, 1, B, d); from the second layer on (N, E, B, h)
-        w = None
-        for layer, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
-            if str(layer) in self.routers:
-                w = self.routers[str(layer)](x[:, 0], task)  # (N, B, n)
-                if trace is not None:
-                    trace[f"router{layer + 1}"] = w
-            if trace is not None and layer == 2:
-                trace["features"] = weighted(x, w if self.big else None)
-            experts = weight.shape[1]
-            x = x.expand(-1, experts, -1, -1).flatten(0, 1)  # (N E, B, d)
-            x = torch.baddbmm(bias.flatten(0, 1), x, weight.flatten(0, 1))
-            x = (x.relu_() if layer < 2 else x).unflatten(0, (-1, experts))  # on a view autograd would copy gradients
-            if layer < 2 and trace is not None:
-                trace[f"layer{layer + 1}"] = weighted(x, None if w is None else w > 0)
-            if w is not None and (layer == 2 or not self.big):
-                x, w = torch.einsum("kbn,knbh->kbh", w, x)[:, None], None  # y = sum_i w_i f_i(x)
-        return x[:, 0]
-
-
-def weighted(x: torch.Tensor, w: torch.Tensor | None) -> torch.Tensor:
-    """Neurons of all experts x (N, E, B, h), those of expert i times w_i (N, B, E) -> (N, B, E h)."""
-    return (x if w is None else x * w.transpose(1, 2)[..., None]).transpose(1, 2).flatten(2)
+    def forward(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """x (B, d), task (B,) -> y (B, h)."""
+        for f in self.layers:
+            x = f(x, task) if isinstance(f, Mixture) else f(x)
+        return x
 
 
 class Critic(nn.Module):
-    """Two Q-functions of observation, action and task as one batched network."""
+    """Two Q-functions of observation, action and the task's one-hot, which --no-task-id leaves out."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.moe = MoE(2, obs_dim + action_dim + len(args.tasks) * args.task_id, 1, args.critic_moe, args)
-        self.register_buffer("one_hot", one_hots(args), persistent=False)
+        one_hot = torch.eye(len(args.tasks))[:, : len(args.tasks) * args.task_id]  # (T, T), or (T, 0)
+        self.register_buffer("one_hot", one_hot, persistent=False)
+        inputs = obs_dim + action_dim + self.one_hot.shape[1]
+        self.networks = nn.ModuleList([Network(inputs, 1, args.critic_moe, args) for _ in range(2)])
 
-    def forward(self, obs, action, task, trace: dict | None = None) -> torch.Tensor:
+    def forward(self, obs: torch.Tensor, action: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """obs (B, O), action (B, A), task (B,) -> Q (2, B)."""
-        return self.moe(torch.cat([obs, action, self.one_hot[task]], 1), task, trace)[..., 0]
-
-
-# === shared: tanh gaussian ===
-LOG_STD_MIN, LOG_STD_MAX = -20, 2  # the bounds of Haarnoja et al.'s code
+        x = torch.cat([obs, action, self.one_hot[task]], 1)
+        return torch.stack([network(x, task).squeeze(1) for network in self.networks])
 
 
 def tanh_gaussian(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Reparameterised a = tanh(u), u = mean + std * noise, and its log density summed over the last dimension.
 
-    (u - mean) / std is the noise itself. log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)) is exact for every u, where
-    log(1 - tanh(u)^2 + 1e-6) loses its gradient from |u| = 7 on.
+    log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2u)), numerically stable and with a finite gradient for every u.
     """
-    noise = torch.randn_like(mean)
+    noise = torch.randn_like(mean)  # (u - mean) / std
     u = mean + log_std.exp() * noise
     log_normal = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
-    return u.tanh(), (log_normal - 2 * (math.log(2) - u - F.softplus(-2 * u))).sum(-1)
-
-
-# === end shared ===
-def one_hots(args: Args) -> torch.Tensor:
-    """What is appended to the observations of each task: (T, T), or (T, 0) with --no-task-id."""
-    return torch.eye(len(args.tasks))[:, : len(args.tasks) * args.task_id]
+    return u.tanh(), (log_normal - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
 
 
 class Actor(nn.Module):
-    """Gaussian policy squashed by tanh: one MoE of observation and task to mean and log standard deviation (A each)."""
+    """Gaussian policy squashed by tanh: a network of observation and task to mean and log standard deviation."""
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.moe = MoE(1, obs_dim + len(args.tasks) * args.task_id, 2 * action_dim, args.actor_moe, args)
-        self.register_buffer("one_hot", one_hots(args), persistent=False)
+        one_hot = torch.eye(len(args.tasks))[:, : len(args.tasks) * args.task_id]  # (T, T), or (T, 0)
+        self.register_buffer("one_hot", one_hot, persistent=False)
+        self.network = Network(obs_dim + self.one_hot.shape[1], 2 * action_dim, args.actor_moe, args)
 
-    def forward(self, obs, task, trace: dict | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, obs: torch.Tensor, task: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (B, O), task (B,) -> mean (B, A), log_std (B, A)."""
-        mean, log_std = self.moe(torch.cat([obs, self.one_hot[task]], 1), task, trace)[0].chunk(2, dim=-1)
-        return mean, log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+        mean, log_std = self.network(torch.cat([obs, self.one_hot[task]], 1), task).chunk(2, dim=-1)
+        return mean, log_std.clamp(-20, 2)  # the bounds of Haarnoja et al.'s code
 
     def sample(self, obs: torch.Tensor, task: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (B, O), task (B,) -> reparameterised action (B, A) in [-1, 1], its log-probability (B,)."""
         return tanh_gaussian(*self(obs, task))
 
-    def mode(self, obs: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
-        """obs (B, O), task (B,) -> deterministic action tanh(mean) (B, A)."""
-        return self(obs, task)[0].tanh()
+    def act(self, obs: torch.Tensor, task: torch.Tensor, policy: str) -> torch.Tensor:
+        """obs (B, O), task (B,) -> action (B, A): a sample (stochastic) or tanh(mean) (deterministic)."""
+        return self.sample(obs, task)[0] if policy == "stochastic" else self(obs, task)[0].tanh()
 
 
 class Agent(nn.Module):
@@ -391,17 +272,21 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = Actor(obs_dim, action_dim, args)
-        self.critic = Critic(obs_dim, action_dim, args)
+        self.actor, self.critic = Actor(obs_dim, action_dim, args), Critic(obs_dim, action_dim, args)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
         self.log_alpha = nn.Parameter(torch.full((len(args.tasks),), math.log(args.alpha_init)))
         self.target_entropy = -float(action_dim)
         self.to(args.device)
-        adam = {"fused": True, "capturable": args.device.startswith("cuda")}  # a CUDA graph could record the step
-        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, **adam)
-        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.q_lr, **adam)
-        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.q_lr, **adam)
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), lr=args.policy_lr, fused=True)
+        self.critic_optimizer = torch.optim.Adam(self.critic.parameters(), lr=args.q_lr, fused=True)
+        self.alpha_optimizer = torch.optim.Adam([self.log_alpha], lr=args.q_lr, fused=True)
         self.optimizers = [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, task: int, policy: str = "stochastic") -> np.ndarray:
+        """One observation (O,) of a task -> one action (A,) of the policy as it explores, or as Actor.act() has it."""
+        obs, task = torch.from_numpy(obs)[None], torch.tensor([task])
+        return self.actor.act(*(x.to(self.log_alpha.device) for x in (obs, task)), policy)[0].cpu().numpy()
 
 
 def descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer):
@@ -411,31 +296,28 @@ def descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer):
     optimizer.step()
 
 
-def critic_loss_of(agent: Agent, batch: Batch, task: torch.Tensor, args: Args) -> torch.Tensor:
-    """y = r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha_task log pi(a'|s')), a' ~ pi(.|s'); squared error.
-
-    And the load-balancing loss.
-    """
+def critic_loss_of(agent: Agent, batch: "Batch", task: torch.Tensor, args: Args) -> torch.Tensor:
+    """(Q - y)^2, y = r + gamma (1 - terminated) (min_i Q'_i(s', a') - alpha_task log pi(a'|s')), a' ~ pi(.|s')."""
     with torch.no_grad():
         next_action, next_log_prob = agent.actor.sample(batch.next_obs, task)
         alpha = agent.log_alpha.exp()[task]  # (B,)
         next_value = agent.critic_target(batch.next_obs, next_action, task).amin(0) - alpha * next_log_prob  # (B,)
         target = batch.reward + args.gamma * (1 - batch.terminated) * next_value  # (B,)
     loss = (agent.critic(batch.obs, batch.action, task) - target).square().mean(1).sum()
-    return loss + args.load_balance * sum(router.balance for router in agent.critic.moe.routers.values())
+    return loss + args.load_balance * sum(m.balance for m in agent.critic.modules() if isinstance(m, Mixture))
 
 
-def actor_loss_of(agent: Agent, batch: Batch, task: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
+def actor_loss_of(agent: Agent, batch: "Batch", task: torch.Tensor, args: Args) -> tuple[torch.Tensor, torch.Tensor]:
     """E[alpha_task log pi(a|s) - min_i Q_i(s, a)], a reparameterised, and the load-balancing loss; log pi (B,)."""
     action, log_prob = agent.actor.sample(batch.obs, task)
-    balance = sum(router.balance for router in agent.actor.moe.routers.values())
     alpha = agent.log_alpha.detach().exp()[task]
     loss = (alpha * log_prob - agent.critic(batch.obs, action, task).amin(0)).mean()
-    return loss + args.load_balance * balance, log_prob.detach()
+    loss = loss + args.load_balance * sum(m.balance for m in agent.actor.modules() if isinstance(m, Mixture))
+    return loss, log_prob.detach()
 
 
-def update(agent: Agent, batch: Batch, task: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
-    """One gradient step of critics, actor and temperatures; no host synchronisation. Returns detached scalars."""
+def update(agent: Agent, batch: "Batch", task: torch.Tensor, args: Args) -> dict[str, torch.Tensor]:
+    """One gradient step of critics, actor and temperatures. Returns detached scalars."""
     critic_loss = critic_loss_of(agent, batch, task, args)
     descend(critic_loss, agent.critic_optimizer)
     actor_loss, log_prob = actor_loss_of(agent, batch, task, args)
@@ -451,19 +333,215 @@ def update(agent: Agent, batch: Batch, task: torch.Tensor, args: Args) -> dict[s
         "losses/critic": critic_loss.detach(),
         "losses/actor": actor_loss.detach(),
         "losses/alpha": alpha_loss.detach(),
-        "policy/alpha": agent.log_alpha.detach().exp(),  # (T,)
         "policy/entropy": -log_prob.mean(),
+        **{f"policy/alpha_{t}": alpha for t, alpha in enumerate(agent.log_alpha.detach().exp())},
     }
 
 
-def draw_batch(buffers: list[ReplayBuffer], tasks: list[int], size: int) -> tuple[Batch, torch.Tensor]:
+def draw_batch(buffers: list["ReplayBuffer"], tasks: list[int], size: int) -> tuple["Batch", torch.Tensor]:
     """Equal shares of `tasks`, `size` transitions in all, task by task; and the task of each (size,)."""
     batches = [buffers[task].sample(size // len(tasks)) for task in tasks]
     batch = Batch(*(torch.cat(columns) for columns in zip(*batches, strict=True)))
     return batch, torch.tensor(tasks, device=batch.obs.device).repeat_interleave(size // len(tasks))
 
 
-# === shared: moe metrics ===
+def train(args: Args, saved: dict | None = None):
+    """Act, store, learn, each step in the task that is due; from the checkpoint `saved` on if there is one."""
+    torch.manual_seed(args.seed)
+    number, envs = len(args.tasks), make_envs(args)
+    obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
+    agent = Agent(obs_dim, action_dim, args)
+    buffers = [ReplayBuffer(args.buffer_size // number, obs_dim, action_dim, args.device) for _ in envs]
+    parts = {f"env_{t}": env for t, env in enumerate(envs)} | {f"buffer_{t}": x for t, x in enumerate(buffers)}
+    run, metrics = Run(args, saved, 1, agent=agent, **parts), {}  # a checkpoint holds all this
+    for step in run.steps():
+        phase = running_phase(step - 1, args)
+        if phase != running_phase(step - 2, args):  # another task, or the start
+            metrics = {}
+            for optimizer in agent.optimizers:
+                optimizer.state.clear()
+        task = (phase if args.protocol == "continual" else step - 1) % number
+        learned = [task] if args.protocol == "continual" else list(range(number))
+        env, buffer, obs = envs[task], buffers[task], envs[task].obs
+        if buffer.count < args.learning_starts:  # uniformly at random
+            action = torch.rand(action_dim).mul(2).sub(1).numpy()
+        else:
+            action = agent.act(obs, task)
+        next_obs, reward, terminated, truncated, info = env.step(action)
+        buffer.add(obs, action, reward, terminated, next_obs)
+        if terminated or truncated:
+            episode = info["episode"]
+            run.log({f"charts/episodic_return_{task}": episode["r"], f"charts/episodic_length_{task}": episode["l"]})
+            env.reset()
+        if buffer.count >= args.learning_starts and step >= number and step % args.update_every == 0:
+            metrics = update(agent, *draw_batch(buffers, learned, args.batch_size), args)
+        if run.due(step, 1000):
+            run.log(metrics)
+        if run.policies(step):
+            run.evaluate()
+        if run.due(step, args.checkpoint_every):
+            run.save()
+
+
+# ======================================================================================================================
+# That was the agent. The rest, mostly the same in both multi-task scripts: replay, tasks, measurements, files, flags.
+# ======================================================================================================================
+Batch = namedtuple("Batch", "obs action reward terminated next_obs")  # (B, O), (B, A), (B,), (B,), (B, O)
+SAMPLES = 1024  # states that the networks are measured on, all tasks together; a rank cannot be higher
+
+
+class ReplayBuffer:
+    """The last `size` transitions on the training device, one row of 4 (2 O + A + 2) bytes each."""
+
+    def __init__(self, size: int, obs_dim: int, action_dim: int, device: str):
+        self.count, self.obs_dim = 0, obs_dim
+        self.rows = torch.empty(size, 2 * obs_dim + action_dim + 2, device=device)
+
+    def add(self, obs, action, reward: float, terminated: bool, next_obs):
+        """Stores one transition in place of the oldest."""
+        row = np.concatenate([obs, [reward, terminated], next_obs, action], dtype=np.float32)
+        self.rows[self.count % len(self.rows)] = torch.from_numpy(row)
+        self.count += 1
+
+    def sample(self, batch_size: int) -> Batch:
+        """Uniform, with replacement."""
+        rows = self.rows[torch.randint(min(self.count, len(self.rows)), (batch_size,)).to(self.rows.device)]
+        o = self.obs_dim
+        return Batch(rows[:, :o], rows[:, 2 * o + 2 :], rows[:, o], rows[:, o + 1], rows[:, o + 2 : 2 * o + 2])
+
+    def state_dict(self) -> dict:
+        return {"count": self.count, "rows": self.rows[: self.count].clone()}  # a view would save the empty rows too
+
+    def load_state_dict(self, state: dict):
+        self.count, self.rows[: len(state["rows"])] = state["count"], state["rows"]
+
+
+class Env(gym.Wrapper):
+    """A task, float32 observations, actions in [-1, 1]^A. Episodes have seeds, so that resume can play them again."""
+
+    def __init__(self, task: int, args: Args, evaluation: bool = False, **kwargs):
+        self.task, self.number, self.name = task, len(args.tasks), args.tasks[task]
+        self.first_seed, self.half = args.seed * 100_003, 2**30 * evaluation  # evaluation: upper half of int32
+        name, _, query = self.name.partition("?")
+        remedy = "see gymnasium.pprint_registry(), write id?name=value&name=value; moe_envs comes by pip install -e ."
+        if "-v" not in name:
+            remedy += f"; sets: {', '.join(TASK_SETS)}"
+        with exit_on_error(f"--tasks {self.name}", remedy):
+            for key, _, value in (pair.partition("=") for pair in query.split("&") if pair):
+                kwargs[key] = WORDS.get(value.lower(), value)
+                with contextlib.suppress(ValueError, SyntaxError):  # another word stays a string
+                    kwargs[key] = ast.literal_eval(value)
+            env = layer = gym.make(name, **kwargs)
+            while isinstance(layer, gym.Wrapper):
+                if type(layer).__name__ in ("NormalizeObservation", "NormalizeReward"):
+                    raise ValueError(f"{type(layer).__name__} changes from episode to episode; register it without")
+                layer = layer.env
+            if (env.spec.max_episode_steps or 0) <= 0:
+                raise ValueError(f"has no time limit, an evaluation may never end; give {name}?max_episode_steps=1000")
+            for space in (env.observation_space, env.action_space):
+                if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                    raise ValueError(f"needs flat Box spaces, such as Pendulum-v1's, not {space}")
+            widths = [float(high) - float(low) for low, high in zip(space.low, space.high, strict=True)]
+            if space.dtype.kind != "f" or not all(0 < x < float(np.finfo(space.dtype).max) for x in widths):
+                raise ValueError(f"needs real-valued actions with finite bounds, low < high, not {space}")
+            one = space.dtype.type(1)
+            env = gym.wrappers.TransformAction(env, lambda a: a.clip(space.low, space.high), space)  # rounding
+            super().__init__(gym.wrappers.RescaleAction(env, -one, one))
+            OPEN.callback(self.close)
+            self.reset(0)
+            self.step(self.action_space.low)  # an argument of a wrong kind may show only now
+            self.reset(0)
+
+    def reset(self, episode: int | None = None):
+        """The next episode, or that with this number."""
+        self.episode, self.actions = self.episode + 1 if episode is None else episode, []
+        self.rewards, self.success_once = [], math.nan
+        seed = self.half + (self.first_seed + self.episode * self.number + self.task) % 2**30
+        return self.check(*self.env.reset(seed=seed))
+
+    def step(self, action: np.ndarray):
+        if not np.isfinite(action).all():
+            raise FloatingPointError("the policy's action is not finite, the training has diverged")
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.actions.append(action)
+        self.rewards.append(np.asarray(reward, float).item())  # of any shape that has one value
+        obs, info = self.check(obs, info)
+        if terminated or truncated:
+            info["episode"] = {"r": math.fsum(self.rewards), "l": len(self.rewards)}
+        return obs, self.rewards[-1], bool(terminated), bool(truncated), info
+
+    def check(self, obs, info: dict) -> tuple[np.ndarray, dict]:
+        """A copy of the observation, which some environments change in place; info with success as a number."""
+        self.obs = np.array(obs, np.float32)
+        if not (np.isfinite(self.obs).all() and np.isfinite(self.rewards[-1:]).all()):
+            raise FloatingPointError(f"an observation or reward of {self.spec.id} is not finite")
+        success = math.nan if info.get("success") is None else np.asarray(info["success"], float).item()
+        self.success_once = np.fmax(self.success_once, success)
+        return self.obs, info | {"success": success, "success_once": float(self.success_once)}
+
+    def state_dict(self) -> dict:
+        actions = [action.tolist() for action in self.actions]
+        return {"episode": self.episode, "actions": actions, "rewards": self.rewards, "obs": self.obs.tolist()}
+
+    def load_state_dict(self, state: dict):
+        self.reset(state["episode"])
+        for action in state["actions"]:
+            self.step(np.float32(action))
+        if self.state_dict() != state:
+            raise ValueError("the environment does not repeat its own episode, start anew")
+
+
+def make_envs(args: Args, evaluation: bool = False, **kwargs) -> list[Env]:
+    """The environments of all tasks, which must have the same shapes."""
+    envs = [Env(task, args, evaluation, **kwargs) for task in range(len(args.tasks))]
+    for env, role in itertools.product(envs, ("observation_space", "action_space")):
+        with exit_on_error(f"--tasks {env.name}", f"leave it or {envs[0].name} out"):
+            if (shape := getattr(env, role).shape) != (first := getattr(envs[0], role).shape):
+                raise ValueError(f"its {role} has shape {shape}, that of {envs[0].name} {first}")
+    return envs
+
+
+def evaluate(agent: Agent, envs: list[Env], args: Args, step: int, policy: str, watch=lambda env: None) -> list[dict]:
+    """Rows of eval.csv, of each task raw returns of episodes with their own seeds; random states stay as they are."""
+    rows = []
+    with torch.random.fork_rng([args.device] if args.device != "cpu" else []):
+        torch.manual_seed(args.seed)
+        for task, env in enumerate(envs):
+            results = []
+            for episode in range(args.eval_episodes):
+                (obs, _), done = env.reset(episode), False
+                while not (done or SIGNALS):
+                    obs, _, terminated, truncated, info = env.step(agent.act(obs, task, policy))
+                    done = terminated or truncated
+                    watch(env)
+                if SIGNALS:
+                    return []
+                results.append((*info["episode"].values(), info["success"], info["success_once"]))
+            rows.append(eval_row(step, policy, task, results))
+    return rows
+
+
+def film(agent: Agent, args: Args, path: Path):
+    """A GIF of one episode of each task, one after the other."""
+    with exit_on_error("--video", "without a display, MuJoCo wants MUJOCO_GL=egl"):
+        import imageio  # comes with gymnasium[mujoco]
+
+        envs, frames = make_envs(args, evaluation=True, render_mode="rgb_array"), []
+        evaluate(agent, envs, args, 0, "deterministic", lambda env: frames.append(env.render()[::2, ::2]))
+        imageio.mimsave(path, frames, duration=1000 / envs[0].metadata.get("render_fps", 30), loop=0)
+
+
+def probe(agent: Agent, args: Args, parts: dict) -> tuple[torch.Tensor, dict, dict]:
+    """Tasks (B,), inputs of actor and critics, and the losses of each task, on equal shares of what has been played."""
+    buffers = [parts[f"buffer_{task}"] for task in range(len(args.tasks))]
+    seen = [task for task, buffer in enumerate(buffers) if buffer.count]
+    batch, task = draw_batch(buffers, seen, SAMPLES // len(seen) * len(seen))
+    mine = [(Batch(*(x[task == t] for x in batch)), task[task == t], args) for t in seen]
+    losses = {"critic": [critic_loss_of(agent, *part) for part in mine]}
+    losses["actor"] = [actor_loss_of(agent, *part)[0] for part in mine]
+    return task, {"actor": (batch.obs, task), "critic": (batch.obs, batch.action, task)}, losses
+
+
 def dormant(x: torch.Tensor, tau: float) -> torch.Tensor:
     """Neurons x (B, H) -> mask (H,). Sokar et al. 2023: dormant if E|h_j| / mean_k E|h_k| <= tau."""
     size = x.abs().mean(0)
@@ -489,269 +567,263 @@ def gradient(loss: torch.Tensor, module: nn.Module) -> torch.Tensor:
 
 
 def entropy_of(w: torch.Tensor) -> torch.Tensor:
-    """Weights w (..., B, n) of n experts -> mean entropy [nats] of a state's weights, scaled to sum to 1."""
+    """Weights w (B, n) of n experts -> mean entropy [nats] of a state's weights, scaled to sum to 1."""
     return torch.special.entr(w / w.sum(-1, keepdim=True)).sum(-1).mean()
 
 
-MOE_COLUMNS = ("global_step", "network", "metric", "task", "item", "value")
-TAUS = (0.025, 0.0)
-
-
-def write_moe(run_dir: Path, rows: list[dict]):
-    """moe.csv, in the form of eval.csv."""
-    lines = [",".join(MOE_COLUMNS)] + [",".join(f"{row[c]}" for c in MOE_COLUMNS) for row in rows]
-    write(run_dir / "moe.csv", "\n".join([*lines, ""]).encode())
-
-
-def log_moe(writer: SummaryWriter, rows: list[dict], args: Args, global_step: int):
-    """What measure() returns as scalars, and each router as a picture: a row per task, a column per expert."""
-    pictures = {}
-    for row in rows:
-        tag = "/".join(f"{row[key]}" for key in ("network", "metric", "task", "item") if row[key] != "")
-        writer.add_scalar(f"moe/{tag}", row["value"], global_step)
-        if row["metric"].startswith("router"):
-            empty = torch.zeros(len(args.tasks), args.num_experts)
-            pictures.setdefault((row["network"], row["metric"]), empty)[row["task"], row["item"]] = row["value"]
-    for (network, metric), weights in pictures.items():
-        picture = weights.repeat_interleave(20, 0).repeat_interleave(20, 1)
-        writer.add_image(f"moe/{network}/{metric}", picture, global_step, dataformats="HW")
-
-
-# === end shared ===
-def count_parameters(moe: MoE, args: Args) -> tuple[int, int]:
-    """All parameters, and those that one sample needs: an expert of weight 0 is not needed."""
+def count_parameters(module: nn.Module, args: Args) -> dict[str, int]:
+    """All parameters, and those that one token needs: an expert of weight 0 is not needed."""
     share = {"softmoe": 1.0, "topk": args.top_k / args.num_experts, "hardcoded": 1 / args.num_experts}[args.router]
-    total = sum(p.numel() for p in moe.parameters())
-    experts = sum(p.numel() for p in [*moe.weights, *moe.biases] if p.shape[1] > 1)
-    return total, total - round(experts * (1 - share))
+    total = sum(p.numel() for p in module.parameters())
+    experts = sum(p.numel() for m in module.modules() if isinstance(m, Mixture) for p in m.experts.parameters())
+    return {"total": total, "active": total - round(experts * (1 - share))}
 
 
-SAMPLES = 1024  # states that the networks are measured on, all tasks together; a rank cannot be higher
+@torch.no_grad()
+def look_inside(module: nn.Module, inputs: tuple) -> list[tuple[dict, dict, torch.Tensor]]:
+    """What runs through each Network of `module`: neurons of each hidden layer, weights of each router, features.
+
+    Neurons: a row per sample (convolution: per cell; Soft MoE on cells: per slot), a column per neuron of all experts,
+    0 where one was not chosen. Weights (B, n). Features (B, F): what the last layer multiplies, of big all w_i h_i.
+    """
+    seen, result = {}, []
+    hooks = [m.register_forward_hook(lambda m, x, y: seen.update({m: (x[0], y)})) for m in module.modules()]
+    module(*inputs)
+    for hook in hooks:
+        hook.remove()
+
+    def spread(layer, i, x):  # the rows of expert i in their places, 0 where it was not chosen
+        if not isinstance(layer, Mixture) or layer.router == "softmoe":
+            return x
+        full = x.new_zeros(len(layer.w), *x.shape[1:])
+        full[layer.w[:, i] > 0] = x
+        return full
+
+    for layers in (m.layers for m in module.modules() if isinstance(m, Network)):
+        big, neurons, routers = len(layers) == 1, {}, {}
+        for k, layer in enumerate([*layers] * 3 if big else layers):
+            experts = layer.experts if isinstance(layer, Mixture) else [layer]
+            parts = [expert[k] if big else expert for expert in experts]
+            if isinstance(layer, Mixture) and not (big and k):
+                routers[f"router{k + 1}"] = layer.w.unflatten(0, (len(inputs[-1]), -1)).mean(1)  # over the cells
+            outputs = [seen[m][1] for part in parts for m in part.modules() if isinstance(m, nn.ReLU)]
+            if outputs:
+                columns = [spread(layer, i, x).flatten(0, -2) for i, x in enumerate(outputs)]
+                neurons[f"layer{k + 1}"] = torch.cat(columns, 1)
+        features = [layer.w[:, i, None] * spread(layer, i, seen[f][0]) for i, f in enumerate(parts)] if big else []
+        result.append((neurons, routers, torch.cat(features, 1) if big else seen[layer][0].flatten(1)))
+    return result
 
 
-def measure(agent: Agent, buffers: list[ReplayBuffer], args: Args, global_step: int) -> list[dict]:
-    """Rows of moe.csv, on states drawn from the replay of the tasks that have one. Training does not notice.
+def measure(agent: Agent, args: Args, step: int, parts: dict) -> list[dict]:
+    """Rows of moe.csv, measured on the states of all tasks that probe() finds. Training does not notice.
 
-    dormant_TAU    share of dormant neurons, per hidden layer and in total, on the states of each task (column task) and
-                   on all. topk, hardcoded: a neuron is 0 where its expert is not chosen, our choice: an expert never
-                   chosen is dormant as a whole, and its zeros lower the mean that tau refers to. So compare routers on
-                   all states, or with equal n
-    rank, width,   of the penultimate features: what the last layer multiplies by its weights (big: all w_i f_i);
-    norm           effective rank (at most the number of states), number, mean norm
-    router         mean weight of each task (column task) and expert (column item); topk: 0 where it is not chosen, so a
-                   row sums to less than 1
-    entropy        mean over a task's states of the entropy of their weights [nats]: 0 is one expert per state
-    cosine         between the gradients of two tasks' losses (columns task and item), with new draws of actions
-    parameters     all of them, and those active for one sample: what is left without experts of weight 0
-    Of the two critics router is the first's, because expert i of the one has nothing to do with expert i of the other;
-    the cosine is of both gradients as one, parameters are a sum, and the rest is averaged.
+    dormant_TAU  share of dormant neurons, per hidden layer and in total, on all states and on those of a task (column
+                 task). Of a convolution a neuron is a channel. A neuron is 0 where its expert is not chosen (ours)
+    rank, width, norm  of the penultimate features: effective rank (at most the number of states), number, mean norm
+    router       mean weight of each task (column task) and expert (column item); if cells are tokens, over the cells
+    entropy      mean over a task's states of the entropy of their weights [nats]: 0 is one expert per state
+    cosine       between the gradients of two tasks' losses (columns task and item)
+    parameters   all of them, and those active for one token: what is left without experts of weight 0
+    Of two critics router is the first's, cosine is of both gradients as one, parameters a sum, and the rest a mean.
     """
     rows = []
 
     def row(network, metric, value, task="", item=""):
-        values = (global_step, network, metric, task, item, round(float(value), 6))
-        rows.append(dict(zip(MOE_COLUMNS, values, strict=True)))
+        rows.append({"global_step": step, "network": network, "metric": metric, "task": task, "item": item})
+        rows[-1]["value"] = round(float(value), 6)
 
-    seen = [task for task, buffer in enumerate(buffers) if buffer.count]
-    with torch.random.fork_rng([args.device] if args.device.startswith("cuda") else []):
+    with torch.random.fork_rng([args.device] if args.device != "cpu" else []):
         torch.manual_seed(args.seed)
-        batch, task = draw_batch(buffers, seen, SAMPLES // len(seen) * len(seen))
-        traces = {"critic": {}, "actor": {}}
-        with torch.no_grad():
-            agent.critic(batch.obs, batch.action, task, traces["critic"])
-            agent.actor(batch.obs, task, traces["actor"])
-        for network, trace in traces.items():
-            layers = {key: x for key, x in trace.items() if key.startswith("layer")}
-            for t in ("", *seen):
-                mask = task == t if t != "" else torch.ones_like(task, dtype=torch.bool)
-                for tau in TAUS:
-                    masks = {k: torch.stack([dormant(h[mask], tau) for h in x]).float() for k, x in layers.items()}
-                    for key, neurons in (masks | {"total": torch.cat(list(masks.values()), 1)}).items():
-                        row(network, f"dormant_{tau}", neurons.mean(), t, key)
-            row(network, "rank", np.mean([effective_rank(x) for x in trace["features"]]))
-            row(network, "width", trace["features"].shape[-1])
-            row(network, "norm", trace["features"].norm(dim=-1).mean())
-            for key, w in trace.items():
-                if key.startswith("router"):
-                    for t in seen:
-                        for expert, value in enumerate(w[0, task == t].mean(0).tolist()):
-                            row(network, key, value, t, expert)
-                        row(network, key.replace("router", "entropy"), entropy_of(w[:, task == t]), t)
-            for item, number in zip(
-                ("total", "active"), count_parameters(getattr(agent, network).moe, args), strict=True
-            ):
-                row(network, "parameters", number, item=item)
-        parts = [(Batch(*(x[task == t] for x in batch)), task[task == t]) for t in seen]
-        critic = [gradient(critic_loss_of(agent, *part, args), agent.critic) for part in parts]
-        actor = [gradient(actor_loss_of(agent, *part, args)[0], agent.actor) for part in parts]
-        for network, gradients in (("critic", critic), ("actor", actor)):
-            table = cosines(gradients).tolist()
-            for j, second in enumerate(seen):
-                for i, first in enumerate(seen[:j]):
-                    row(network, "cosine", table[i][j], first, second)
+        task, inputs, losses = probe(agent, args, parts)
+    seen = task.unique().tolist()
+    for name in ("actor", "critic"):
+        module = getattr(agent, name)
+        neurons, routers, features = zip(*look_inside(module, inputs[name]), strict=True)  # of each network
+        for t in ("", *seen):
+            mask = task == t if t != "" else torch.ones_like(task, dtype=torch.bool)
+            mine = [{k: x[mask.repeat_interleave(len(x) // len(mask))] for k, x in net.items()} for net in neurons]
+            for tau in (0.025, 0.0):
+                asleep = {key: torch.cat([dormant(net[key], tau) for net in mine]).float() for key in mine[0]}
+                for key, x in (asleep | {"total": torch.cat(list(asleep.values()))}).items():
+                    row(name, f"dormant_{tau}", x.mean(), t, key)
+        row(name, "rank", np.mean([effective_rank(x) for x in features]))
+        row(name, "width", features[0].shape[1])
+        row(name, "norm", torch.cat(features).norm(dim=1).mean())
+        for key, w in routers[0].items():
+            for t in seen:
+                for expert, value in enumerate(w[task == t].mean(0).tolist()):
+                    row(name, key, value, t, expert)
+                entropy = entropy_of(torch.cat([weights[key][task == t] for weights in routers]))
+                row(name, key.replace("router", "entropy"), entropy, t)
+        for item, number in count_parameters(module, args).items():
+            row(name, "parameters", number, item=item)
+        table = cosines([gradient(loss, module) for loss in losses[name]]).tolist()
+        for i, j in itertools.combinations(range(len(seen)), 2):
+            row(name, "cosine", table[i][j], seen[i], seen[j])
     return rows
 
 
-# === shared: sac checks ===
-LIMITS = {"seed": (0, 2**31 - 1), "learning_starts": (0, math.inf), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: > 0
-WORLD = 1  # process; several are for ppo.py and ppo_pmoe.py
+def eval_row(step: int, policy: str, task: int, results) -> dict:
+    """A row of eval.csv, of return, length, success and success_once of each episode."""
+    values, std = (f(results, axis=0).round(4).tolist() for f in (np.mean, np.std))
+    row = {"global_step": step, "policy": policy, "task": task, "episodes": len(results), "return": values[0]}
+    return row | {"return_std": std[0]} | dict(zip(("length", "success", "success_once"), values[1:], strict=True))
 
 
-def check_sizes(args: Args, env: gym.Env):
-    """Exits if nothing would be learned, or if the replay, twice for a checkpoint, cannot fit the device's memory."""
-    if args.total_timesteps // args.update_every * args.update_every < max(args.learning_starts, 1):
-        others = f"--learning-starts {args.learning_starts} and --update-every {args.update_every}"
-        fail(f"--total-timesteps {args.total_timesteps}: no update would come with {others}; give more")
-    needed = 2 * args.buffer_size * (4 * (env.observation_space.shape[0] + env.action_space.shape[0] + 2) + 8)
-    if args.device.startswith("cuda"):
-        memory = torch.cuda.get_device_properties(args.device).total_memory
-    else:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-        limit = Path("/sys/fs/cgroup/memory.max")  # a container's
-        if limit.exists() and (text := limit.read_text().strip()).isdigit():
-            memory = min(memory, int(text))
-    if needed > memory:
-        fit = int(args.buffer_size * memory / needed * 0.8)
-        sizes = f"{needed / 1e9:.1f} GB with a checkpoint's copy of it, of {memory / 1e9:.1f} GB"
-        fail(f"--buffer-size {args.buffer_size}: needs {sizes}; {fit} would fit")
+class Run:
+    """A training and its folder. A checkpoint is `info`, which run.json has as well, and the state of all parts."""
 
+    def __init__(self, args: Args, saved: dict | None, size: int, agent: Agent, **parts):
+        self.args, self.size, self.agent, self.eval_env = args, size, agent, make_envs(args, evaluation=True)
+        self.step, self.eval_rows, self.moe_rows, self.owed = 0, [], [], False  # owed: what a signal cut short
+        ends = range(size, args.total_timesteps + size, size)  # the end of a phase is evaluated, too
+        phase_ends = {end for end in ends if running_phase(end, args) > running_phase(end - size, args)}
+        self.evaluations = [end for end in ends if end in phase_ends or self.due(end, args.eval_every)]
+        self.parts = {"agent": agent} | parts | {f"optimizer_{i}": x for i, x in enumerate(agent.optimizers)}
+        self.info = describe(args) | {"wall_time": 0.0, "resumed": []}
+        self.info["parameters"] = {name: count_parameters(getattr(agent, name), args) for name in ("actor", "critic")}
+        gpu = [] if args.device == "cpu" else [torch.cuda.default_generators[torch.device(args.device).index or 0]]
+        self.folder, self.rngs = Path(args.run_dir), [torch.default_generator, *gpu]
+        if saved:
+            with exit_on_error(f"--resume {self.folder}", "checkpoint.pt is damaged or of another run"):
+                for name, part in self.parts.items():
+                    part.load_state_dict(saved.pop(name))
+                for rng, state in zip(self.rngs, saved["rng"], strict=True):
+                    rng.set_state(state)
+                self.step, self.owed = saved["global_step"], saved["owed"]
+                now, self.info = {"global_step": self.step} | self.info, {key: saved[key] for key in self.info}
+                self.info["resumed"].append(now)  # of its evaluations a longer run keeps those that it has as well:
+                self.eval_rows = [r for r in saved["eval_rows"] if r["policy"] in self.policies(r["global_step"])]
+                self.moe_rows = [r for r in saved["moe_rows"] if self.policies(r["global_step"])]
+        with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that no other process uses"):
+            str(self.folder).encode()
+            if not saved and (self.folder / "checkpoint.pt").exists():
+                raise ValueError("holds a run; go on with it by --resume")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            OPEN.callback(os.close, folder := os.open(self.folder, os.O_RDONLY))
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another process is at work there
+        for name, count in self.info["parameters"].items():
+            print(f"{SCRIPT}.py: {name}: {count['total']:,} parameters, {count['active']:,} active for one token")
+        self.first = self.step, time.perf_counter()  # of this process, for steps per second
+        self.started = self.first[1] - self.info["wall_time"]
+        self.save()
+        # what fails in TensorBoard's own thread is raised again by the next add_scalar()
+        threading.excepthook = lambda x: None if issubclass(x.exc_type, OSError) else threading.__excepthook__(x)
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+        OPEN.callback(self.writer.close)
+        self.bar = tqdm(initial=self.step, total=args.total_timesteps, disable=None, unit="step")
 
-# === end shared ===
-# === shared: run folder ===
-SCRIPT = Path(__file__).stem
+    def steps(self):
+        """The steps that are left, `size` at a time. Ctrl-C and SIGTERM end them after that, with a checkpoint."""
+        if self.owed:
+            self.evaluate()
+            self.save()
+        while self.step < self.args.total_timesteps and not SIGNALS:
+            self.step += self.size
+            yield self.step
+            self.bar.update(self.size)
+        self.bar.close()
+        if SIGNALS:
+            self.save()
+            name = signal.Signals(SIGNALS[0]).name
+            print(f"{SCRIPT}.py: {name}, step {self.step} is saved; --resume {self.folder}", file=sys.stderr)
+            raise SystemExit(128 + SIGNALS[0])
 
+    def due(self, step: int, every: int) -> bool:
+        """Whether the steps that end at `step` have passed a multiple of `every`, or are the last."""
+        return step // every > (step - self.size) // every or step >= self.args.total_timesteps
 
-def flag(name: str) -> str:
-    """`total_timesteps` -> `--total-timesteps`"""
-    return "--" + name.replace("_", "-")
+    def log(self, metrics: dict) -> float:
+        """Writes curves for TensorBoard. Returns the environment steps per second of this process."""
+        speed = (self.step - self.first[0]) / (time.perf_counter() - self.first[1])
+        for key, value in (metrics | {"charts/SPS": speed}).items():
+            if not math.isfinite(value):
+                raise FloatingPointError(f"{key} is {float(value)}, the training has diverged")
+            self.writer.add_scalar(key, value, self.step)
+        returns = [f"{value:.1f}" for key, value in metrics.items() if key.startswith("charts/episodic_return")]
+        if returns:
+            self.bar.set_postfix_str(f"return {' '.join(returns)}", refresh=False)
+        return speed
 
+    def policies(self, step: int) -> tuple[str, ...]:
+        """The policies that are evaluated after this step: at the last three evaluations the stochastic one as well."""
+        return ("deterministic", "stochastic")[: (step in self.evaluations) + (step in self.evaluations[-3:])]
 
-def given(args: Args) -> dict:
-    """Name -> value of the flags that the command spells out or that are not at their default."""
-    words = {word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv[1:]}
-    values = {field.name: (getattr(args, field.name), field.default) for field in dataclasses.fields(Args)}
-    return {name: value for name, (value, default) in values.items() if value != default or flag(name) in words}
+    def evaluate(self):
+        """Adds rows to eval.csv and moe.csv."""
+        self.require_finite()
+        results = [evaluate(self.agent, self.eval_env, self.args, self.step, p) for p in self.policies(self.step)]
+        self.owed = bool(SIGNALS)
+        if self.owed or not results:
+            return
+        for rows in results:
+            policy, text = rows[0]["policy"], ""
+            suffix = "" if policy == "deterministic" else f"_{policy}"
+            for key in ("return", "success"):
+                known = {row["task"]: row[key] for row in rows if math.isfinite(row[key])}  # few know success
+                speed = self.log({f"eval/{key}{suffix}_{task}": value for task, value in known.items()})
+                text += f" {key} " * bool(known) + " ".join(f"{value:.2f}" for value in known.values())
+            self.bar.write(f"step {self.step}/{self.args.total_timesteps}: {policy}{text}, {speed:.0f} steps/s")
+            self.eval_rows += rows
+        sys.stdout.flush()  # it may be a file
+        measured, routers = measure(self.agent, self.args, self.step, self.parts), {}
+        for row in measured:
+            tag = "/".join(["moe", *(str(row[key]) for key in ("network", "metric", "task", "item") if row[key] != "")])
+            self.writer.add_scalar(tag, row["value"], self.step)
+            if row["metric"].startswith("router"):
+                routers.setdefault(f"moe/{row['network']}/{row['metric']}", []).append(row["value"])
+        for tag, w in routers.items():  # a row per task, a column per expert, 20 pixels each
+            picture = np.kron(np.reshape(w, (-1, self.args.num_experts)), np.ones((20, 20)))
+            self.writer.add_image(tag, picture, self.step, dataformats="HW")
+        self.moe_rows += measured
+        for name, rows in (("eval.csv", self.eval_rows), ("moe.csv", self.moe_rows)):
+            table = [rows[0], *(row.values() for row in rows)]  # no time: equal runs, equal files
+            write(self.folder / name, "".join(",".join(map(str, row)) + "\n" for row in table).encode())
 
+    def require_finite(self):
+        """Raises FloatingPointError if a weight is not finite."""
+        if not all(x.isfinite().all() for x in self.agent.state_dict().values()):
+            raise FloatingPointError("a weight is not finite, the training has diverged")
 
-def check(args: Args, remedy: str = "--device cpu always works"):
-    """Exits with one line naming the flag and the remedy if a value cannot work. Creates nothing."""
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            low, high = LIMITS.get(field.name, (1 if isinstance(value, int) else 1e-9, math.inf))
-            if not low <= value <= high or value == math.inf:
-                bounds = f"lie between {low} and {high}" if high < math.inf else f"be at least {low}, and finite"
-                fail(f"{flag(field.name)} {value}: must {bounds}")
-    if args.video and args.evaluate is None:
-        fail("--video: goes with --evaluate RUN_DIR")
-    if "LOCAL_RANK" in os.environ and int(os.environ.get("WORLD_SIZE", 1)) > WORLD:
-        fail("torchrun --nproc_per_node: this script is one process, ppo.py may be several; start it with python")
-    try:
-        assert torch.device(args.device).type in ("cpu", "cuda"), "must be cpu, cuda or cuda:N"
-        assert args.device == "cpu" or torch.cuda.is_available(), "PyTorch finds no GPU"
-        if args.device == "cuda":
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))  # each process of torchrun has its own
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device {args.device}: {str(error).splitlines()[0]}; {remedy}")
-
-
-def configure(args: Args):
-    """PyTorch's global settings, the same in training and in evaluation."""
-    torch.set_num_threads(args.num_threads)
-    torch.set_float32_matmul_precision(args.matmul_precision)
-    torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
+    def save(self):
+        """Writes checkpoint.pt, model.pt, run.json and, at the end, policy.pt, unless the training has diverged."""
+        self.require_finite()
+        wall_time = time.perf_counter() - self.started
+        self.info |= {"args": dataclasses.asdict(self.args), "global_step": self.step}
+        self.info |= {"wall_time": wall_time, "steps_per_second": self.step / wall_time}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state |= {"owed": self.owed, "eval_rows": self.eval_rows, "moe_rows": self.moe_rows}
+        state["rng"] = [rng.get_state() for rng in self.rngs]
+        write(self.folder / "checkpoint.pt", self.info | state)
+        write(self.folder / "model.pt", self.info | {"agent": state["agent"]})
+        if self.step >= self.args.total_timesteps:
+            actor = {key: value for key, value in state["agent"].items() if key.startswith("actor.")}
+            write(self.folder / "policy.pt", self.info | {"agent": actor})
+        write(self.folder / "run.json", json.dumps(self.info, indent=1).encode())
 
 
 def describe(args: Args) -> dict:
-    """What has to be known to repeat the run: for run.json."""
-
-    def git(*command):
-        try:
-            command = ["git", "-C", Path(__file__).parent, *command]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):  # no git, or not in a repository
-            return None
-
-    changes = git("status", "--porcelain", "--untracked-files=no")
-    if changes == "":
-        changes = git("status", "--porcelain", "--", Path(__file__).name)  # a new script is not tracked yet
-    gpu, versions = args.device.startswith("cuda"), {"python": platform.python_version()}
-    chip = torch.cuda.get_device_name(args.device) if gpu else torch.backends.cpu.get_cpu_capability()
-    for name in ("gymnasium", "minatar", "mujoco", "numpy", "torch"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            pass
+    """What one must know to repeat the run: for run.json."""
+    file = shlex.quote(Path(__file__).name)  # one that git does not track has no commit
+    git = f"git ls-files --error-unmatch {file} >/dev/null && git describe --always --dirty --abbrev=40 --exclude '*'"
+    error, commit = subprocess.getstatusoutput(f"cd {shlex.quote(str(Path(__file__).parent))} && {git}")
+    names = [name for name in ("gymnasium", "minatar", "mujoco", "numpy", "torch") if name in sys.modules]
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+    chip = torch.backends.cpu.get_cpu_capability() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     return {
         "script": SCRIPT,
         "command": shlex.join(["python", *sys.argv]),
         "args": dataclasses.asdict(args),
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": None if changes is None else bool(changes),
+        "commit": None if error else commit.removesuffix("-dirty"),
+        "dirty": None if error else commit.endswith("-dirty"),
         "versions": versions,
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
-        "processes": WORLD,
     }
 
 
-def new_run_dir(args: Args) -> Path:
-    """Creates and returns the folder of a new run."""
-    env_name = args.env_id.split(":")[-1].translate(str.maketrans("?&=/", "----"))
-    default = f"runs/{env_name}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = Path(args.run_dir or default)
-    if any((run_dir / name).exists() for name in ("checkpoint.pt", "eval.csv")):
-        fail(f"--run-dir {run_dir}: holds another run; choose an empty folder, or continue it with --resume {run_dir}")
-    run = json.dumps(describe(args), indent=1).encode()
-    try:
-        run_dir.mkdir(parents=True, exist_ok=args.run_dir is not None)  # of two runs of one second only one has it
-        write(run_dir / "run.json", run)
-    except OSError as error:
-        fail(f"--run-dir {run_dir}: {error.strerror or error}; choose a folder that can be written")
-    return run_dir
-
-
-def load_run(option: str, folder: str, name: str) -> tuple[Args, dict]:
-    """Arguments and content of `name` (model.pt or checkpoint.pt) of a saved run, on the CPU."""
-    try:
-        saved = torch.load(Path(folder) / name, map_location="cpu", weights_only=True)
-        if saved["script"] != SCRIPT:
-            fail(f"{option} {folder}: this run was made by {saved['script']}.py; use that script")
-        missing = ", ".join(flag(f.name) for f in dataclasses.fields(Args) if f.name not in saved["args"])
-        if missing:
-            fail(f"{option} {folder}: the script was another then, without {missing}; use that of run.json's commit")
-        return Args(**saved["args"]), saved
-    except Exception as error:  # missing, cut short, not a checkpoint: torch.load raises half a dozen types
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:80]}"
-        fail(f"{option} {folder}: no readable {name} there ({reason}); give the folder of a run of this script")
-
-
-def resume_run(args: Args) -> tuple[Args, dict]:
-    """Arguments and checkpoint of the run in folder `args.resume`: the same run, which may only become longer."""
-    saved, checkpoint = load_run("--resume", args.resume, "checkpoint.pt")
-    for name, value in given(args).items():
-        if name == "total_timesteps" and value:
-            if value < saved.total_timesteps:
-                fail(f"--total-timesteps {value}: the run has {saved.total_timesteps} and can only become longer")
-            saved = dataclasses.replace(saved, total_timesteps=value)
-        elif name != "resume" and value != getattr(saved, name):
-            fail(f"{flag(name)} {value}: cannot change in a run that is resumed, it has {getattr(saved, name)}")
-    if not os.access(args.resume, os.W_OK):
-        fail(f"--resume {args.resume}: cannot write there; copy the folder to where you can")
-    check(saved, "a run is resumed on the kind of device that made it")
-    return saved, checkpoint
-
-
-def note_resume(run_dir: Path, args: Args, global_step: int):
-    """Adds to run.json with what the run goes on: command, commit, versions and machine may be other ones now."""
-    run, now = json.loads((run_dir / "run.json").read_text()), describe(args)
-    now = {key: value for key, value in now.items() if key not in ("script", "args")}
-    run["resumed"] = [*run.get("resumed", []), {"global_step": global_step} | now]
-    write(run_dir / "run.json", json.dumps(run, indent=1).encode())
-
-
 def write(path: Path, data: bytes | dict):
-    """Writes a file (a dict by torch.save) under a temporary name first, so that `path` is never half-written."""
+    """Writes a file whole or not at all, a dict by torch.save."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -761,332 +833,160 @@ def write(path: Path, data: bytes | dict):
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         temporary.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise OSError(f"cannot write {path}, is the disk full? {error}") from error
 
 
-def write_eval(run_dir: Path, rows: list[dict]):
-    """eval.csv: one line per evaluation, no wall-clock time, so that equal runs give equal files."""
-    lines = [",".join(EVAL_COLUMNS)] + [",".join(f"{row[c]}" for c in EVAL_COLUMNS) for row in rows]
-    write(run_dir / "eval.csv", "\n".join([*lines, ""]).encode())
+SCRIPT, SIGNALS, OPEN = Path(__file__).stem, [], contextlib.ExitStack()  # Ctrl-C or SIGTERM; what main() closes
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None, "null": None}
+WORDS |= {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # in --tasks; 'on' in quotes is a string
+LIMITS = {"seed": (0, 2**31 - 1), "learning_starts": (0, 1e12), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
+LIMITS |= {"load_balance": (0, 1e12), "num_threads": (1, 4 * (os.cpu_count() or 1))}
+OLDER = {}  # flags that older files lack, and the values at which a script does what it did then
 
 
-# === end shared ===
-LIMITS |= {"load_balance": (0, math.inf)}
+@contextlib.contextmanager
+def exit_on_error(what: str, remedy: str, code: int = 2, errors=Exception):
+    """Tells whatever fails inside in one line, and ends the script."""
+    try:
+        yield
+    except errors as error:
+        reason, frame = str(error).strip().split("\n")[0], traceback.extract_tb(error.__traceback__)[-1]
+        ours = frame.filename == __file__ and isinstance(error, (ValueError, FloatingPointError, OSError))
+        if not ours and not isinstance(error, gym.error.Error):
+            reason = f"{type(error).__name__} {reason} ({frame.filename}:{frame.lineno})"
+        tqdm.write(f"{SCRIPT}.py: {what}: {reason}; {remedy}", file=sys.stderr)
+        raise SystemExit(code) from None
 
 
-# === shared: mixture checks ===
-def check_mixture(args: Args):
-    """Exits where tasks, experts and routers do not fit together, or where a flag would have no effect.
-
-    --router and --num-experts may stand beside two baselines, so that one command fits all architectures.
-    """
+def mixture_rules(args: Args) -> list[tuple[bool, str]]:
+    """(wrong, message): tasks and mixture that do not fit together, flags other than --router that have no effect."""
     number, mixed = len(args.tasks), {args.actor_moe, args.critic_moe} - {"baseline"}
-    if mixed and args.router == "topk" and args.top_k > args.num_experts:
-        fail(f"--top-k {args.top_k}: there are {args.num_experts} experts; lower it or raise --num-experts")
-    if mixed and args.router == "hardcoded" and args.num_experts < number:
-        fail(f"--num-experts {args.num_experts}: hardcoded routing needs one for each of {number} tasks; raise it")
-    choosing = mixed and args.router == "topk"
-    for name, useless, partner in (
-        ("--top-k", args.top_k != 1 and not choosing, "--router topk and a mixture"),
-        ("--load-balance", args.load_balance and not choosing, "--router topk and a mixture"),
-        ("--match-params", args.match_params and not mixed, "an architecture other than baseline"),
-        ("--cycles", args.cycles != 1 and args.protocol == "multitask", "--protocol continual"),
-    ):
-        if useless:
-            fail(f"{name}: has no effect here, it goes with {partner}; leave it out")
-    if args.match_params and "final" in mixed:
-        fail("--match-params: the last layer's width is given by the task; leave it out or choose another architecture")
+    n, k, choosing = args.num_experts, args.top_k, bool(mixed) and args.router == "topk"
+    each = f"hardcoded routing needs one for each of {number} tasks; raise it"
+    useless = "has no effect here, leave it out; it goes with"
+    return [
+        (not number, "--tasks: needs at least one"),
+        (len(set(args.tasks)) < number, f"--tasks {' '.join(args.tasks)}: name each only once"),
+        (choosing and k > n, f"--top-k {k}: there are {n} experts; lower it or raise --num-experts"),
+        (mixed and args.router == "hardcoded" and n < number, f"--num-experts {n}: {each}"),
+        (k != 1 and not choosing, f"--top-k: {useless} --router topk and a mixture"),
+        (args.load_balance and not choosing, f"--load-balance: {useless} --router topk and a mixture"),
+        (args.match_params and not mixed, f"--match-params: {useless} an architecture other than baseline"),
+        (args.match_params and "final" in mixed, f"--match-params: {useless} layers whose width is free, not final"),
+        (args.cycles != 1 and args.protocol == "multitask", f"--cycles: {useless} --protocol continual"),
+    ]
 
 
-# === end shared ===
-def check_tasks(args: Args) -> Args:
-    """The arguments with a number of steps; exits where tasks, replay and steps do not fit together."""
-    number = len(args.tasks)
-    if not number:
-        fail(f"--tasks: needs at least one environment, or one of {', '.join(TASK_SETS)}")
-    if len(set(args.tasks)) < number:
-        fail(f"--tasks {' '.join(args.tasks)}: each only once, please")
-    check_mixture(args)
-    if args.protocol == "multitask" and args.batch_size % number:
-        size = max(args.batch_size // number, 1) * number
-        fail(f"--batch-size {args.batch_size}: must be a multiple of the {number} tasks, such as {size}")
-    if args.buffer_size < 2 * number:
-        fail(f"--buffer-size {args.buffer_size}: too small for {number} tasks; give at least {2 * number}")
-    if args.total_timesteps is None:
-        args = dataclasses.replace(args, total_timesteps=160_000)
-    if args.protocol == "continual" and args.total_timesteps < number * args.cycles:
-        fail(f"--total-timesteps {args.total_timesteps}: fewer than the {number * args.cycles} phases; give more")
-    steps, before, where = args.total_timesteps, number * max(args.learning_starts, 1), "the run"
-    if args.protocol == "continual":
-        steps, before, where = steps // (number * args.cycles), max(args.learning_starts, 1), "a phase"
-    if steps < before + args.update_every - 1:
-        few = f"with --update-every {args.update_every} the {steps} steps of {where} may see no update"
-        fail(f"--learning-starts {args.learning_starts}: {few}; lower one of the two or give more --total-timesteps")
-    return args
-
-
-EVAL_COLUMNS = ("global_step", "policy", "task", "episodes", "return", "return_std", "length", "success")
-
-
-def act(policy, obs: np.ndarray, task: int, device: str) -> np.ndarray:
-    """One action (A,) of `policy`, a function of a batch of observations and tasks, for one observation (O,)."""
-    with torch.no_grad():
-        action = policy(torch.from_numpy(obs).to(device)[None], torch.tensor([task], device=device))
-        return action[0].cpu().numpy()
-
-
-def evaluate(agent, envs: list[gym.Env], args: Args, policy: str, global_step: int, frames: list | None = None) -> list:
-    """Rows of eval.csv, one per task: raw returns over `args.eval_episodes` episodes; deterministic or stochastic.
-
-    Own environments and seeds, and the random state is put back afterwards: training is the same with and without it.
-    """
-    function = agent.actor.mode if policy == "deterministic" else lambda *inputs: agent.actor.sample(*inputs)[0]
-    rows = []
-    with torch.random.fork_rng([args.device] if args.device.startswith("cuda") else []):
-        torch.manual_seed(args.seed)
-        for task, env in enumerate(envs):
-            results = []
-            for episode in range(args.eval_episodes):
-                (obs, _), done = env.reset(seed=episode_seed(args.seed, episode, evaluation=True)), False
-                while not done:
-                    action = act(function, np.float32(obs), task, args.device)
-                    obs, _, terminated, truncated, info = env.step(action)
-                    done = terminated or truncated
-                    if frames is not None:
-                        frames.append(env.render())
-                results.append((info["episode"]["r"], info["episode"]["l"], info.get("success", math.nan)))
-            (mean, length, success), std = np.mean(results, axis=0), np.std(results, axis=0)[0]
-            numbers = (round(float(v), 4) for v in (mean, std, length, success))
-            rows.append(dict(zip(EVAL_COLUMNS, (global_step, policy, task, args.eval_episodes, *numbers), strict=True)))
-    return rows
-
-
-def evaluate_run(args: Args) -> Path:
-    """Evaluates the run in folder `args.evaluate` on all its tasks, prints the result and writes evaluation.json."""
-    for name, value in given(args).items():
-        if name not in ("evaluate", "eval_episodes", "video", "device"):
-            fail(f"{flag(name)} {value}: --evaluate takes it from the run; leave it out")
-    saved, model = load_run("--evaluate", args.evaluate, "model.pt")
-    run = dataclasses.replace(saved, eval_episodes=args.eval_episodes, device=args.device)
-    configure(run)
-    envs = make_envs(run.tasks)
-    agent = Agent(envs[0].observation_space.shape[0], envs[0].action_space.shape[0], run)
-    agent.load_state_dict(model["agent"])
-    step = model["global_step"]
-    result = {policy: evaluate(agent, envs, run, policy, step) for policy in ("deterministic", "stochastic")}
-    for row in (row for rows in result.values() for row in rows):
-        row |= {"task": run.tasks[row["task"]], "success": None if math.isnan(row["success"]) else row["success"]}
-    text = json.dumps(result, indent=1)
-    print(text)
-    try:
-        write(Path(args.evaluate) / "evaluation.json", text.encode())
-    except OSError as error:
-        fail(f"--evaluate {args.evaluate}: {error}")
-    if args.video:
-        path, frames = Path(args.evaluate) / "video.gif", []
-        try:
-            import imageio  # comes with gymnasium[mujoco]
-
-            envs = [make_env(task, render_mode="rgb_array") for task in run.tasks]
-            evaluate(agent, envs, dataclasses.replace(run, eval_episodes=1), "deterministic", step, frames)
-            imageio.mimsave(path, frames, duration=1000 / envs[0].metadata.get("render_fps", 30), loop=0)
-        except Exception as error:  # no display, no OpenGL, a missing package: every renderer has its own errors
-            fail(f"--video: cannot draw {run.env_id} here ({error}); without a display, MuJoCo wants MUJOCO_GL=egl")
-        print(f"the first deterministic episode of each task: {path}")
-    return Path(args.evaluate)
-
-
-def main(args: Args) -> Path:
-    """Trains (or resumes, or evaluates) one agent on all tasks and returns the folder of its run."""
-    check(args)
-    if args.evaluate is not None:
-        return evaluate_run(args)
-    run_dir, checkpoint = args.resume, None
-    if args.resume is not None:
-        steps = args.total_timesteps
-        args, checkpoint = resume_run(args)
-        if args.protocol == "continual" and steps not in (None, checkpoint["args"]["total_timesteps"]):
-            fail(f"--total-timesteps {steps}: the continual schedule divides them among the tasks; start a new run")
-    else:
-        args = check_tasks(args)
-    configure(args)
-    envs, eval_envs = make_envs(args.tasks), make_envs(args.tasks)
-    check_sizes(args, envs[0])
-    run_dir = Path(run_dir) if checkpoint else new_run_dir(args)
-
-    torch.manual_seed(args.seed)
-    number, tasks = len(args.tasks), range(len(args.tasks))
-    obs_dim, action_dim = envs[0].observation_space.shape[0], envs[0].action_space.shape[0]
-    agent = Agent(obs_dim, action_dim, args)
-    rows = args.buffer_size // number + 1
-    buffers = [ReplayBuffer(rows, obs_dim, action_dim, torch.device(args.device)) for _ in tasks]
-    before = {"global_step": 0, "eval_rows": [], "moe_rows": [], "wall_time": 0.0}
-    before |= {"episodes": [0] * number, "actions": [[] for _ in tasks]} | (checkpoint or {})
-    start_step, episodes, actions, eval_rows, moe_rows, earlier_time = (
-        before[key] for key in ("global_step", "episodes", "actions", "eval_rows", "moe_rows", "wall_time")
+def rules(args: Args) -> list[tuple[bool, str]]:
+    """(wrong, message) for all that flags together can have wrong."""
+    number, multitask, every = len(args.tasks) or 1, args.protocol == "multitask", args.update_every
+    steps, where = args.total_timesteps // phases(args), "run" if multitask else "phase"
+    near, first = (
+        max(args.batch_size // number, 1) * number,
+        max(args.learning_starts, 1) * (number if multitask else 1),
     )
-    global_step, actions = start_step, [[np.float32(a) for a in actions[task]] for task in tasks]  # running episodes
-    obs = []
-    for task in tasks:
-        last_obs, _ = envs[task].reset(seed=episode_seed(args.seed, episodes[task] * number + task))
-        for action in actions[task]:
-            last_obs, *_ = envs[task].step(action)
-        obs.append(np.array(last_obs, np.float32))
-    parameters = {"actor": count_parameters(agent.actor.moe, args), "critic": count_parameters(agent.critic.moe, args)}
-    if checkpoint:
-        for task in tasks:
-            if not np.array_equal(obs[task], checkpoint["obs"][task].numpy()):
-                fail(f"--resume {run_dir}: {args.tasks[task]} does not repeat its own episode, so it cannot go on")
-        agent.load_state_dict(checkpoint["agent"])
-        for optimizer, state in zip(agent.optimizers, checkpoint["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        for buffer, state in zip(buffers, checkpoint.pop("buffers"), strict=True):
-            buffer.load_state_dict(state)
-        torch.set_rng_state(checkpoint["rng"])
-        if args.device.startswith("cuda"):
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"], args.device)
-        if args.total_timesteps > checkpoint["args"]["total_timesteps"]:  # what was the end is not one any more
-            eval_rows = [
-                r for r in eval_rows if r["policy"] == "deterministic" and r["global_step"] % args.eval_every == 0
-            ]
-            moe_rows = [r for r in moe_rows if r["global_step"] % args.eval_every == 0]
-    else:
-        for network, (total, active) in parameters.items():
-            print(f"{SCRIPT}.py: {network}: {total:,} parameters, {active:,} active for one sample")
+    late = f"with --update-every {every} the {steps} steps of a {where} may see no update; lower it or make it longer"
+    return [
+        *mixture_rules(args),
+        (
+            multitask and args.batch_size % number,
+            f"--batch-size {args.batch_size}: no multiple of the tasks, as {near} is",
+        ),
+        (args.buffer_size < number, f"--buffer-size {args.buffer_size}: too small for {number} tasks"),
+        (steps < 1, f"--total-timesteps {args.total_timesteps}: fewer than the {phases(args)} phases"),
+        (steps < first + every - 1, f"--learning-starts {args.learning_starts}: {late}"),
+    ]
 
-    writer = SummaryWriter(run_dir, purge_step=start_step + 1)
-    progress = tqdm(initial=start_step, total=args.total_timesteps, disable=not sys.stderr.isatty(), unit="step")
-    started, signals = time.perf_counter(), []
-    handlers = {s: signal.signal(s, lambda number, _: signals.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
 
-    def save():
-        wall_time = earlier_time + time.perf_counter() - started
-        model = {"script": SCRIPT, "args": dataclasses.asdict(args), "global_step": global_step}
-        model["agent"] = agent.state_dict()
-        state = {
-            "optimizers": [optimizer.state_dict() for optimizer in agent.optimizers],
-            "buffers": [buffer.state_dict() for buffer in buffers],
-            "episodes": episodes,
-            "actions": [[action.tolist() for action in actions[task]] for task in tasks],
-            "obs": [torch.from_numpy(o) for o in obs],
-            "eval_rows": eval_rows,
-            "moe_rows": moe_rows,
-            "wall_time": wall_time,
-            "rng": torch.get_rng_state(),
-        }
-        if args.device.startswith("cuda"):
-            state["cuda_rng"] = torch.cuda.get_rng_state(args.device)
-        write(run_dir / "checkpoint.pt", model | state)
-        write(run_dir / "model.pt", model)
-        write_eval(run_dir, eval_rows)
-        write_moe(run_dir, moe_rows)
-        run = json.loads((run_dir / "run.json").read_text()) | {"args": model["args"], "global_step": global_step}
-        run |= {"wall_time": wall_time, "steps_per_second": global_step / wall_time}
-        run["parameters"] = {k: {"total": total, "active": active} for k, (total, active) in parameters.items()}
-        write(run_dir / "run.json", json.dumps(run, indent=1).encode())
+def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
+    """Arguments and, where a run is resumed or evaluated, what it saved. Exits where a flag cannot work."""
+    args, saved, limits = tyro.cli(Args, args=argv, description=__doc__), None, LIMITS
+    option, file, free = "resume", "checkpoint.pt", {"resume", "total_timesteps"}
+    if args.evaluate is not None:
+        option, file, free = "evaluate", "model.pt", {"evaluate", "video", "eval_episodes", "device", "num_threads"}
+    given = getattr(args, option)
+    if given is not None:
+        path = Path(given) if option == "evaluate" and Path(given).is_file() else Path(given) / file
+        with exit_on_error(f"--{option} {given}", f"give the folder of a run of this script; it has {file}"):
+            if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                raise ValueError("the file is damaged")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved["script"] != SCRIPT:
+                raise ValueError(f"was made by {saved['script']}.py, use that script")
+            saved["args"] = {k: v for k, v in OLDER.items() if k in vars(args)} | saved["args"]
+            if saved["args"].keys() != vars(args).keys():
+                raise ValueError(f"the script was another then, at commit {saved['commit']}")
+            limits = LIMITS | {"total_timesteps": (int(saved["args"]["total_timesteps"]), 1e12)}
+            free -= {"total_timesteps"} if saved["args"]["protocol"] == "continual" else set()  # its phases share them
+            args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))  # flags that are not given are the run's
+    if args.num_threads is None:
+        threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+        args.num_threads = int(threads) if threads.isdecimal() else 2
+    for name, value in vars(args).items():
+        with exit_on_error(f"--{name.replace('_', '-')} {value}", "see --help"):
+            if saved and name not in free and value != saved["args"][name]:
+                raise ValueError(f"cannot change, the run has {saved['args'][name]}")
+            low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"must lie between {low:g} and {high:g}")
+            if name == "video" and value and args.evaluate is None:
+                raise ValueError("goes with --evaluate")
+    with exit_on_error(f"--device {args.device}", "--device cpu always works"):
+        torch.zeros(1, device=args.device).item()
+    with exit_on_error("torchrun", "start it with python"):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("this script is one process")
+    for wrong, message in rules(args):
+        if wrong:
+            print(f"{SCRIPT}.py: {message}", file=sys.stderr)
+            raise SystemExit(2)
+    sys.path += [os.getcwd()]  # for --tasks module:Id
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
+    return args, saved
 
-    def stop(reason: str, code: int):
-        progress.close()
-        print(f"{SCRIPT}.py: step {global_step}: {reason}", file=sys.stderr)
-        raise SystemExit(code)
 
-    losses, keeps = {}, f"{run_dir} keeps its checkpoint, but --resume would repeat this"
-    try:
-        if checkpoint:
-            note_resume(run_dir, args, global_step)
-        save()  # from now on the run can be resumed
-        while global_step < args.total_timesteps:
-            if args.protocol == "multitask":
-                task, learned, task_steps = global_step % number, list(tasks), global_step // number
-            else:
-                phase = running_phase(global_step, args)
-                if phase and phase != running_phase(global_step - 1, args):
-                    losses = {}  # of the task before
-                    for optimizer in agent.optimizers:
-                        optimizer.state.clear()
-                task, learned = phase % number, [phase % number]
-                task_steps = global_step - math.ceil(phase * args.total_timesteps / (number * args.cycles))
-                if phase >= number:  # the task comes back, and needs no random steps
-                    task_steps += args.learning_starts
-            if task_steps < args.learning_starts:
-                action = torch.rand(action_dim).mul(2).sub(1).numpy()
-            else:
-                action = act(lambda *inputs: agent.actor.sample(*inputs)[0], obs[task], task, args.device)
-            if not np.isfinite(action).all():
-                stop(f"the training has diverged, the policy's action is not finite; {keeps}", 1)
-            next_obs, reward, terminated, truncated, info = envs[task].step(action)
-            next_obs, terminated, done = np.array(next_obs, np.float32), bool(terminated), bool(terminated or truncated)
-            if not (np.isfinite(next_obs).all() and math.isfinite(reward)):  # before the replay keeps it
-                stop(f"a reward or observation of {args.tasks[task]} is not finite; {keeps}", 1)
-            buffers[task].add(obs[task], action, float(reward), terminated, next_obs, done)
-            actions[task].append(action)
-            obs[task], global_step = next_obs, global_step + 1
-            if done:
-                progress.set_postfix_str(f"task {task}: return {info['episode']['r']:.1f}", refresh=False)
-                writer.add_scalar(f"charts/episodic_return_{task}", info["episode"]["r"], global_step)
-                writer.add_scalar(f"charts/episodic_length_{task}", info["episode"]["l"], global_step)
-                episodes[task], actions[task] = episodes[task] + 1, []
-                seed = episode_seed(args.seed, episodes[task] * number + task)
-                obs[task] = np.array(envs[task].reset(seed=seed)[0], np.float32)
+def evaluate_run(args: Args, saved: dict):
+    """Prints the evaluation of a saved policy as JSON and writes it, and with --video a GIF, beside the policy."""
+    env, path = make_envs(args, evaluation=True), Path(args.evaluate)
+    agent = Agent(env[0].observation_space.shape[0], env[0].action_space.shape[0], args)
+    with exit_on_error(f"--evaluate {path}", "the file is damaged or of another run"):
+        state = {key.removeprefix("actor."): x for key, x in saved["agent"].items() if key.startswith("actor.")}
+        agent.actor.load_state_dict(state)
+    result = {p: evaluate(agent, env, args, saved["global_step"], p) for p in ("deterministic", "stochastic")}
+    if SIGNALS:
+        raise SystemExit(128 + SIGNALS[0])
+    for row in (row for rows in result.values() for row in rows):
+        row["task"] = args.tasks[row["task"]]
+    text = json.dumps(result, indent=1).replace("NaN", "null")
+    print(text)
+    write(path / "evaluation.json" if path.is_dir() else path.with_suffix(".json"), text.encode())
+    if args.video:
+        gif = path / "video.gif" if path.is_dir() else path.with_suffix(".gif")
+        film(agent, dataclasses.replace(args, eval_episodes=1), gif)
+        print(f"one deterministic episode of each task: {gif}")
 
-            if (
-                task_steps + 1 >= args.learning_starts
-                and global_step >= number
-                and global_step % args.update_every == 0
-            ):
-                batch, task_of = draw_batch(buffers, learned, args.batch_size)
-                losses = update(agent, batch, task_of, args)
-            progress.update()
 
-            last, interrupted = global_step == args.total_timesteps, bool(signals)
-            switch = args.protocol == "continual" and running_phase(global_step, args) > phase  # what it has learned
-            evaluate_now = last or switch or global_step % args.eval_every == 0
-            save_now = interrupted or global_step % args.checkpoint_every == 0
-            speed = (global_step - start_step) / (time.perf_counter() - started)
-            if losses and (global_step % 1000 == 0 or evaluate_now or save_now):
-                metrics = {"charts/SPS": speed}  # the norm is not finite if the last update broke a weight
-                metrics["charts/weight_norm"] = nn.utils.get_total_norm(agent.parameters()).item()
-                for key, value in losses.items():  # a number, or one per task
-                    names = [f"{key}_{k}" for k in range(len(value))] if value.ndim else [key]
-                    metrics |= dict(zip(names, value.flatten().tolist(), strict=True))
-                for key, value in metrics.items():
-                    if not math.isfinite(value):
-                        stop(f"the training has diverged, {key} is {value}; {keeps}", 1)
-                    writer.add_scalar(key, value, global_step)
-            if evaluate_now:
-                for policy in ("deterministic", "stochastic") if last else ("deterministic",):
-                    rows, text = evaluate(agent, eval_envs, args, policy, global_step), policy
-                    eval_rows += rows
-                    for key in ("return", "success"):
-                        known = {row["task"]: row[key] for row in rows if math.isfinite(row[key])}  # few know success
-                        for task_of_row, value in known.items():
-                            tag = f"eval/{key}" if policy == "deterministic" else f"eval/{key}_stochastic"
-                            writer.add_scalar(f"{tag}_{task_of_row}", value, global_step)
-                        text += f" {key} " * bool(known) + " ".join(f"{value:.2f}" for value in known.values())
-                    progress.write(f"step {global_step}/{args.total_timesteps}: {text}, {speed:.0f} steps/s")
-                sys.stdout.flush()  # it may be a file
-                measured = measure(agent, buffers, args, global_step)
-                log_moe(writer, measured, args, global_step)
-                moe_rows += measured
-                write_eval(run_dir, eval_rows)
-                write_moe(run_dir, moe_rows)
-            if save_now:
-                save()
-            if interrupted:
-                name = signal.Signals(signals[0]).name
-                stop(f"{name}, checkpoint written; continue with --resume {run_dir}", 128 + signals[0])
-        save()
-    except OSError as error:
-        stop(f"{error}; what was saved last stands: mend that, then --resume {run_dir}", 1)
-    finally:
-        progress.close()
-        for number_of_signal, handler in handlers.items():
-            signal.signal(number_of_signal, handler)
-        with contextlib.suppress(OSError):  # the disk is full, as was said
-            writer.close()
-    print(f"{SCRIPT}.py: finished at step {global_step}; run folder {run_dir}")
-    return run_dir
+def main(argv: list[str] | None = None) -> Path:
+    """Trains, resumes or evaluates as the flags say, those of the command line by default; returns the run's folder."""
+    SIGNALS.clear()
+    if __name__ == "__main__":  # a signal ends the run after its step, a second one at once; in a notebook not ours
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda n, _: (SIGNALS.append(n), signal.signal(n, signal.SIG_DFL)))
+    args, saved = parse(argv)
+    name = f"{args.env_id.split(':')[-1]}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    default = "runs/" + name.translate(str.maketrans("?&=/", "----"))
+    folder = args.evaluate or args.resume or args.run_dir or default
+    with exit_on_error("stopped", f"--resume {folder} goes on", 1, (OSError, FloatingPointError)), OPEN:
+        if args.evaluate is not None:
+            evaluate_run(args, saved)
+        else:
+            train(dataclasses.replace(args, run_dir=folder, resume=None), saved)
+            print(f"{SCRIPT}.py: finished; run folder {folder}")
+    return Path(folder)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may have letters that the terminal lacks
+    main()

@@ -2,13 +2,11 @@
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
 import sys
 import time
-from dataclasses import replace
 
 import gymnasium as gym
 import imageio.v3
@@ -16,7 +14,7 @@ import pytest
 import torch
 from conftest import ALGOS, MULTITASK, load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import NO_GPU, break_weights, flags, model, same, start
+from test_training import NO_GPU, break_weights, model, same, start
 
 pytest.importorskip("minatar")
 SMALL = {
@@ -39,7 +37,7 @@ def quick(script_name):
     module = load(script_name)
     module.PROBE, module.SAMPLES = (1, 32), 64
     if script_name.startswith("sac"):
-        module.MoE.__init__.__defaults__ = (32,)  # hidden units
+        module.Network.__init__.__defaults__ = (32,)  # hidden units
     return module
 
 
@@ -48,8 +46,24 @@ def module(request):
     return quick(request.param)
 
 
+def words(**flags) -> list[str]:
+    """What a command line has of these flags."""
+    result = []
+    for key, value in flags.items():
+        name = key.replace("_", "-")
+        if isinstance(value, bool):
+            result.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            result += [f"--{name}", *map(str, value if isinstance(value, tuple) else [value])]
+    return result
+
+
 def train(module, folder, **changes):
-    return module.main(module.Args(**(SMALL[module.SCRIPT] | {"run_dir": str(folder)} | changes)))
+    return module.main(words(**(SMALL[module.SCRIPT] | {"run_dir": folder} | changes)))
+
+
+def resume(module, folder, **changes):
+    return module.main(words(resume=folder, **changes))
 
 
 def rows_of(path):
@@ -73,7 +87,7 @@ def test_same_seed_same_run_and_other_seed_another(module, finished, tmp_path):
 
 
 def test_evaluation_does_not_change_training(module, finished, tmp_path):
-    other = train(module, tmp_path / "run", eval_every=70, eval_episodes=1)
+    other = train(module, tmp_path / "run", eval_every=70, eval_episodes=1)  # its last three are other ones, too
     assert same(model(finished), model(other))
 
 
@@ -82,7 +96,7 @@ def test_files_of_a_run(module, finished):
     half, end = STEPS[module.SCRIPT]
     assert run["global_step"] == end and run["args"]["tasks"] == list(SMALL[module.SCRIPT]["tasks"])
     table = [(int(r["global_step"]), r["policy"], r["task"]) for r in rows_of(finished / "eval.csv")]
-    expected = [(half, "deterministic"), (end, "deterministic"), (end, "stochastic")]
+    expected = [(step, policy) for step in (half, end) for policy in ("deterministic", "stochastic")]  # the last three
     assert table == [(step, policy, task) for step, policy in expected for task in "01"]
     measured = rows_of(finished / "moe.csv")
     assert {int(row["global_step"]) for row in measured} == {half, end}
@@ -96,7 +110,11 @@ def test_files_of_a_run(module, finished):
         assert len(weights) == 8 and sum(weights) == pytest.approx(4, abs=1e-4)  # 2 evaluations, tasks, experts
         counted = sum(p.numel() for key, p in model(finished).items() if key.startswith(f"{network}."))
         assert run["parameters"][network] == {"total": counted, "active": counted}
-    assert run["versions"]["minatar"]
+    package = {"sac_moe_multitask": "gymnasium", "ppo_moe_multitask": "minatar"}[module.SCRIPT]
+    assert run["versions"][package]
+    policy = torch.load(finished / "policy.pt", weights_only=True)
+    assert policy["args"]["tasks"] == SMALL[module.SCRIPT]["tasks"] and policy["global_step"] == end
+    assert same(policy["agent"], {k: v for k, v in model(finished).items() if k.startswith("actor.")})
 
 
 def test_tensorboard_has_what_the_tables_have(module, tmp_path):
@@ -142,9 +160,11 @@ def test_sac_success_is_that_of_the_last_step():
             return obs, reward, terminated, truncated, info | {"success": next(self.ends) if done else True}
 
     tasks = ("Pendulum-v1?max_episode_steps=3", "Pendulum-v1?g=3.0&max_episode_steps=3")
-    envs = [Knows(env, task) for task, env in enumerate(module.make_envs(tasks))]
     args = module.Args(tasks=tasks, eval_episodes=4)
-    rows = module.evaluate(module.Agent(3, 1, args), envs, args, "deterministic", 0)
+    envs = [Knows(env, task) for task, env in enumerate(module.make_envs(args, evaluation=True))]
+    for env in envs:  # Env's own reset, which takes the number of the episode
+        env.reset = env.env.reset
+    rows = module.evaluate(module.Agent(3, 1, args), envs, args, 0, "deterministic")
     assert [(row["task"], row["success"]) for row in rows] == [(0, 0.5), (1, 0.25)]
 
 
@@ -175,9 +195,9 @@ def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path
     half, end = STEPS[script_name]
     settings = SMALL[script_name] | {"protocol": "continual", "eval_every": half}
     settings |= {"total_timesteps": 4 * half, "checkpoint_every": half // 2}
-    words = flags(**{k: v for k, v in settings.items() if k != "tasks"}) + ["--tasks", *settings["tasks"]]
+    settings |= {"update_every": 3} if script_name.startswith("sac") else {}  # its networks are as large as usual
     shutil.copy(ALGOS / f"{script_name}.py", tmp_path)
-    killed = start(script_name, *words, "--run-dir", "killed", cwd=tmp_path, path=tmp_path)
+    killed = start(script_name, *words(**settings, run_dir="killed"), cwd=tmp_path, path=tmp_path)
     evaluations = tmp_path / "killed" / "eval.csv"
     while killed.poll() is None and not (evaluations.exists() and "deterministic" in evaluations.read_text()):
         time.sleep(0.01)
@@ -186,8 +206,8 @@ def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path
     stopped_at = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["global_step"]
     assert half // 2 <= stopped_at < 2 * half
     module = load(script_name)
-    resumed = module.main(module.Args(resume=str(tmp_path / "killed")))
-    whole = module.main(module.Args(run_dir=str(tmp_path / "whole"), **settings))
+    resumed = resume(module, tmp_path / "killed")
+    whole = module.main(words(run_dir=tmp_path / "whole", **settings))
     assert "active for one" in capsys.readouterr().out
     assert equal(whole, resumed)
 
@@ -210,57 +230,60 @@ def test_signal_stops_with_a_checkpoint_and_resume_is_exact(module, tmp_path, mo
     def update_then_signal(*arguments):
         calls.append(1)
         if len(calls) == enough:
-            os.kill(os.getpid(), signal.SIGTERM)
+            module.SIGNALS.append(signal.SIGTERM)
         return update(*arguments)
 
-    monkeypatch.setattr(module, "update", update_then_signal)
-    with pytest.raises(SystemExit) as stop:
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(module, "update", update_then_signal)
         train(module, tmp_path / "run", **settings)
     assert stop.value.code == 128 + signal.SIGTERM and f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
-    steps = {int(row["global_step"]) for row in rows_of(tmp_path / "run" / "eval.csv")}
+    rows = rows_of(tmp_path / "run" / "eval.csv") if (tmp_path / "run" / "eval.csv").exists() else []
+    steps = {int(row["global_step"]) for row in rows}
     assert (STEPS[module.SCRIPT][0] in steps) == bool(phase)
-    module.main(module.Args(resume=str(tmp_path / "run")))
+    resume(module, tmp_path / "run")
     assert equal(whole, tmp_path / "run")
 
 
 def test_resume_at_a_switch_is_exact(module, tmp_path, monkeypatch, capsys):
-    """The checkpoint at the end of the first phase has Adam's moments of it, the second starts without."""
+    """The checkpoint at the end of the first phase has Adam's moments of it, the second starts without.
+
+    A signal cuts the evaluation there short, and resume makes up for it.
+    """
     half, end = STEPS[module.SCRIPT]
     settings = {"protocol": "continual", "checkpoint_every": half}
     whole = train(module, tmp_path / "whole", **settings)
     evaluate, evaluations = module.evaluate, []
 
     def evaluate_then_signal(*arguments):
-        evaluations.append(1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        evaluations.append(arguments[3])
+        module.SIGNALS.append(signal.SIGTERM)
         return evaluate(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(module, "evaluate", evaluate_then_signal)
         train(module, tmp_path / "run", **settings)
-    assert len(evaluations) == 1
-    saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert half <= saved["global_step"] <= half + 1  # SAC sees the signal one step later
-    module.main(module.Args(resume=str(tmp_path / "run")))
+    assert set(evaluations) == {half}
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["global_step"] == half
+    resume(module, tmp_path / "run")
     assert equal(whole, tmp_path / "run")
+
+
+def measure_nothing(module, monkeypatch):
+    """Evaluations cost nothing."""
+    row = {"network": "actor", "metric": "rank", "task": "", "item": "", "value": 0}
+    monkeypatch.setattr(module, "measure", lambda agent, args, step, parts: [{"global_step": step} | row])
+    rows = [[0.0] * 4]
+    monkeypatch.setattr(module, "evaluate", lambda agent, env, args, step, p: [module.eval_row(step, p, 0, rows)])
 
 
 def test_sac_plays_the_tasks_as_scheduled(tmp_path, monkeypatch):
     """Also where a task comes back and goes on with its episode; the replay of each task has what was played of it."""
     module = quick("sac_moe_multitask")
-    played, make_envs = [], module.make_envs
-
-    class Watched(gym.Wrapper):
-        def __init__(self, env, task):
-            super().__init__(env)
-            self.task = task
-
-        def step(self, action):
-            played.append(self.task)
-            return self.env.step(action)
-
-    monkeypatch.setattr(module, "make_envs", lambda tasks: [Watched(e, t) for t, e in enumerate(make_envs(tasks))])
-    monkeypatch.setattr(module, "evaluate", lambda *_: [])
+    played, step = [], module.Env.step
+    monkeypatch.setattr(module.Env, "step", lambda env, action: played.append(env.task) or step(env, action))
+    monkeypatch.setattr(module, "update", lambda *_: {})
+    measure_nothing(module, monkeypatch)
+    made = [0, 1, 0, 1]  # environments are tried out, those for evaluations too
     for protocol, cycles, steps, expected in (
         ("multitask", 1, 150, [0, 1] * 75),
         ("continual", 1, 150, [0] * 75 + [1] * 75),
@@ -270,20 +293,21 @@ def test_sac_plays_the_tasks_as_scheduled(tmp_path, monkeypatch):
         played.clear()
         name = tmp_path / f"{protocol}{cycles}-{steps}"
         run = train(module, name, protocol=protocol, cycles=cycles, total_timesteps=steps)
-        assert played == expected
+        assert played == made + expected
         saved = torch.load(run / "checkpoint.pt", weights_only=True)
-        counts = [expected.count(task) for task in (0, 1)]
-        assert [buffer["count"] for buffer in saved["buffers"]] == counts
-        assert [len(actions) for actions in saved["actions"]] == [count % 30 for count in counts]
-        assert saved["episodes"] == [2, 2]
+        for task in (0, 1):
+            assert saved[f"buffer_{task}"]["count"] == expected.count(task)
+            assert len(saved[f"env_{task}"]["actions"]) == expected.count(task) % 30
+            assert saved[f"env_{task}"]["episode"] == 2
 
 
 def test_continual_sac_learns_from_the_running_task_only_and_starts_each_at_random(tmp_path, monkeypatch):
     module = quick("sac_moe_multitask")
     learned, draw = [], module.draw_batch
     monkeypatch.setattr(module, "draw_batch", lambda b, tasks, size: learned.append(tasks) or draw(b, tasks, size))
-    monkeypatch.setattr(module, "measure", lambda *_: [])
-    run = train(module, tmp_path / "run", protocol="continual", cycles=2, total_timesteps=200, checkpoint_every=5)
+    monkeypatch.setattr(module.Run, "due", lambda run, step, every: step % 5 == 0)  # losses are logged then
+    measure_nothing(module, monkeypatch)
+    run = train(module, tmp_path / "run", protocol="continual", cycles=2, total_timesteps=200)
     assert learned == [[0]] * 31 + [[1]] * 31 + [[0]] * 50 + [[1]] * 50  # 20 random steps, of new tasks only
     events = EventAccumulator(str(run)).Reload().Scalars("losses/critic")  # not those of the task before
     assert [e.step for e in events] == [*range(20, 51, 5), *range(70, 201, 5)]
@@ -295,11 +319,11 @@ def test_ppo_plays_the_tasks_as_scheduled(tmp_path, monkeypatch):
 
     def watch(agent, batch, args):
         played.append(sorted(set(batch.task.tolist())))
-        rates.append(round(agent.optimizer.param_groups[0]["lr"] / args.learning_rate, 3))
+        rates.append(round(agent.optimizers[0].param_groups[0]["lr"] / args.learning_rate, 3))
         return learn(agent, batch, args)
 
     monkeypatch.setattr(module, "learn", watch)
-    monkeypatch.setattr(module, "measure", lambda *_: [])
+    measure_nothing(module, monkeypatch)
     train(module, tmp_path / "multitask")
     assert played == [[0, 1]] * 10 and rates == [round(1 - i / 10, 3) for i in range(10)]
     played.clear(), rates.clear()
@@ -313,23 +337,22 @@ def test_a_switch_leaves_the_experts_of_other_tasks_alone(module, tmp_path, monk
 
     def watch(agent, *arguments):
         result = update(agent, *arguments)
-        weights.append({k: v.clone() for k, v in agent.actor.state_dict().items() if v.is_floating_point()})
+        weights.append({key: value.clone() for key, value in agent.actor.state_dict().items()})
         return result
 
     monkeypatch.setattr(module, "update", watch)
-    monkeypatch.setattr(module, "measure", lambda *_: [])
+    measure_nothing(module, monkeypatch)
     settings = dict(protocol="continual", router="hardcoded", actor_moe="big", critic_moe="big")
     train(module, tmp_path / "run", **settings)
-    axis = {"sac_moe_multitask": 1, "ppo_moe_multitask": 0}[module.SCRIPT]
     last, before = weights[-1], weights[len(weights) // 2 - 1]  # as many updates in either phase
-    for key in (key for key in last if "one_hot" not in key):
-        assert torch.equal(last[key].select(axis, 0), before[key].select(axis, 0)), key
-        assert not torch.equal(last[key].select(axis, 1), before[key].select(axis, 1)), key
+    assert {key.split(".experts.")[1][0] for key in last} == {"0", "1"}
+    for key in last:
+        assert torch.equal(last[key], before[key]) == (".experts.0." in key), key
 
 
 def test_saved_model_evaluates_on_all_tasks_as_in_training(module, finished, capsys):
-    episodes = SMALL[module.SCRIPT]["eval_episodes"]
-    module.main(module.Args(evaluate=str(finished), eval_episodes=episodes, video=module.SCRIPT.startswith("ppo")))
+    film = {"video": True} if module.SCRIPT.startswith("ppo") else {}
+    module.main(words(evaluate=finished, **film))
     text = capsys.readouterr().out
     printed = json.loads(text[: text.rindex("}") + 1], parse_constant=pytest.fail)
     assert printed == json.loads((finished / "evaluation.json").read_text())
@@ -339,18 +362,30 @@ def test_saved_model_evaluates_on_all_tasks_as_in_training(module, finished, cap
     for policy, rows in printed.items():
         for row in rows:
             assert str(row["return"]) == table[policy, tasks.index(row["task"])]["return"]
-    if module.SCRIPT.startswith("ppo"):
+    if film:
         assert (finished / "video.gif").read_bytes().startswith(b"GIF89a")
+    module.main(words(evaluate=finished / "policy.pt"))
+    assert (finished / "policy.json").read_text() == (finished / "evaluation.json").read_text()
+
+
+def test_video_of_sac_shows_every_task(tmp_path):
+    module = quick("sac_moe_multitask")
+    tasks = tuple(f"moe_envs:TargetReaching-v0?layout=task{i}&max_episode_steps={5 + i}" for i in range(2))
+    run = train(module, tmp_path / "run", tasks=tasks, total_timesteps=60, learning_starts=20)
+    module.main(words(evaluate=run, video=True))
+    frames = len(imageio.v3.imread(run / "video.gif"))
+    shown = [imageio.v3.immeta(run / "video.gif", index=i)["duration"] for i in range(frames)]
+    assert sum(shown) == 11 * 100  # equal frames are one that lasts longer
 
 
 def test_a_multitask_run_can_be_made_longer_and_a_continual_one_cannot(module, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     longer = STEPS[module.SCRIPT][1] * 2
-    module.main(module.Args(resume=str(tmp_path / "run"), total_timesteps=longer))
+    resume(module, tmp_path / "run", total_timesteps=longer)
     assert json.loads((tmp_path / "run" / "run.json").read_text())["global_step"] == longer
     run = train(module, tmp_path / "continual", protocol="continual")
     with pytest.raises(SystemExit) as stop:
-        module.main(module.Args(resume=str(run), total_timesteps=longer))
+        resume(module, run, total_timesteps=longer)
     error = capsys.readouterr().err
     assert stop.value.code == 2 and f"--total-timesteps {longer}" in error and error.count("\n") == 1
 
@@ -360,12 +395,12 @@ def test_a_run_that_overshot_keeps_its_end_when_it_is_made_no_longer(tmp_path):
     module = quick("ppo_moe_multitask")
     run = train(module, tmp_path / "run", total_timesteps=100)
     rows = (run / "eval.csv").read_bytes(), (run / "moe.csv").read_bytes()
-    module.main(module.Args(resume=str(run), total_timesteps=120))
+    resume(module, run, total_timesteps=120)
     assert rows == ((run / "eval.csv").read_bytes(), (run / "moe.csv").read_bytes()) and rows[0].count(b"\n") == 5
 
 
 def test_divergence_stops_the_run_and_keeps_the_checkpoint(module, tmp_path, capsys):
-    rate = {"q_lr" if module.SCRIPT.startswith("sac") else "learning_rate": 1e30}
+    rate = {"q_lr" if module.SCRIPT.startswith("sac") else "learning_rate": 1e12}
     with pytest.raises(SystemExit) as stop:
         train(module, tmp_path / "run", **rate)
     assert stop.value.code == 1 and "diverged" in capsys.readouterr().err
@@ -379,7 +414,9 @@ def test_broken_weights_are_neither_measured_nor_saved(module, tmp_path, monkeyp
     with pytest.raises(SystemExit) as stop:
         train(module, tmp_path / "run", eval_every=step, checkpoint_every=step)
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("\n") == 1 and f"step {step}: the training has diverged" in error
+    assert (
+        stop.value.code == 1 and error.count("\n") == 1 and "a weight is not finite, the training has diverged" in error
+    )
     assert torch.load(tmp_path / "run" / "checkpoint.pt")["global_step"] == 0
 
 
@@ -405,7 +442,7 @@ class TwoActions(gym.ActionWrapper):
 
 gym.register("Pendulum2-v0", TwoActions, max_episode_steps=10)
 WRONG = {
-    "two experts, top three": (dict(router="topk", top_k=3), "--top-k 3"),
+    "two experts, top three": (dict(router="topk", top_k=3), "--top-k 3: there are 2 experts"),
     "more tasks than experts": (dict(router="hardcoded", num_experts=1), "--num-experts 1"),
     "no experts": (dict(num_experts=0), "--num-experts 0"),
     "width of the last layer": (dict(actor_moe="final", match_params=True), "--match-params"),
@@ -422,14 +459,14 @@ WRONG = {
 }
 WRONG_SAC = {
     "other observations": (dict(tasks=("Pendulum-v1", "Hopper-v5")), "--tasks Hopper-v5"),
-    "other actions": (dict(tasks=("Pendulum-v1", "Pendulum2-v0")), "--tasks Pendulum2-v0: action_space has shape"),
+    "other actions": (dict(tasks=("Pendulum-v1", "Pendulum2-v0")), "--tasks Pendulum2-v0: its action_space has shape"),
     "argument of a wrong kind": (dict(tasks=("Pendulum-v1?g=abc",)), "--tasks Pendulum-v1?g=abc"),
     "no update": (dict(learning_starts=70, update_every=130), "--update-every 130"),
     "unknown set": (dict(tasks=("target-eating",)), "sets: target-reaching"),
     "discrete actions": (dict(tasks=("CartPole-v1",), batch_size=8), "--tasks CartPole-v1"),
     "a task twice": (dict(tasks=("Pendulum-v1", "Pendulum-v1")), "--tasks Pendulum-v1 Pendulum-v1"),
     "unequal shares": (dict(batch_size=7), "--batch-size 7"),
-    "no room": (dict(buffer_size=3), "--buffer-size 3"),
+    "no room": (dict(buffer_size=1), "--buffer-size 1"),
     "random to the end": (dict(learning_starts=81), "--learning-starts 81"),
     "no update in a phase": (
         dict(protocol="continual", learning_starts=71, update_every=11),
@@ -458,7 +495,7 @@ def test_wrong_input_is_one_line_that_names_the_flag(name, tmp_path, monkeypatch
             continue
         module, (wrong, expected) = load(script), table[key]
         with pytest.raises(SystemExit) as stop:
-            module.main(module.Args(**(SMALL[script] | wrong)))
+            module.main(words(**(SMALL[script] | wrong)))
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1 and expected in error, error
         assert not list(tmp_path.iterdir())
@@ -477,12 +514,12 @@ def test_missing_minatar_is_one_line_with_the_remedy(monkeypatch, tmp_path, caps
 def test_resumed_run_cannot_change(module, finished, capsys):
     for wrong, expected in ((dict(gamma=0.5), "--gamma 0.5"), (dict(num_experts=5), "--num-experts 5")):
         with pytest.raises(SystemExit) as stop:
-            module.main(replace(module.Args(resume=str(finished)), **wrong))
+            resume(module, finished, **wrong)
         assert stop.value.code == 2 and expected in capsys.readouterr().err
 
 
 def test_folder_of_a_run(module, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run = module.main(module.Args(**(SMALL[module.SCRIPT] | {"total_timesteps": 64})))
+    run = module.main(words(**(SMALL[module.SCRIPT] | {"total_timesteps": 64})))
     tasks = {"sac_moe_multitask": "2tasks", "ppo_moe_multitask": "MinAtar-breakout-asterix"}[module.SCRIPT]
     assert run.parent.name == "runs" and run.name.startswith(f"{tasks}__{module.SCRIPT}__s1__")
