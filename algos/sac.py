@@ -369,7 +369,7 @@ def check_memory(args: Args, obs_dim: int, action_dim: int):
     for name, size in need.items():
         with exit_on_error(f"--{name.replace('_', '-')} {getattr(args, name, None)}", "give less"):
             if size > memory:
-                raise ValueError(f"would take {size / 1e9:.0f} GB, the device has {memory / 1e9:.0f} GB")
+                raise ValueError(f"would take {size / 1e9:.0f} GB, the machine has {memory / 1e9:.0f} GB")
 
 
 def evaluate(agent: Agent, env: Env, args: Args, step: int, policy: str, watch=lambda: None) -> dict:

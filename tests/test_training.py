@@ -487,7 +487,7 @@ WRONG_SAC = {
     "learning rate nan": (dict(policy_lr=math.nan), "--policy-lr nan"),
     "buffer larger than memory": (
         dict(buffer_size=10**12, total_timesteps=10**12),
-        "--buffer-size 1000000000000: would take .* GB, the device has .*; give less",
+        "--buffer-size 1000000000000: would take .* GB, the machine has .*; give less",
     ),
     "learning rate infinite": (dict(q_lr=math.inf), "--q-lr inf"),
 }
