@@ -1,6 +1,8 @@
 """Whole runs of the multi-task scripts: exact resume across a task switch, files, evaluation, errors."""
 
+import ast
 import csv
+import difflib
 import json
 import re
 import shutil
@@ -9,6 +11,7 @@ import sys
 import time
 
 import gymnasium as gym
+import imageio
 import imageio.v3
 import pytest
 import torch
@@ -189,6 +192,26 @@ def test_a_named_set_is_spelt_out():
     )
 
 
+OWN = {"Args", "Network", "Agent", "update", "train", "make_envs", "evaluate", "film", "probe", "rules"}
+OWN |= {"exit_on_error", "parse", "evaluate_run"}  # nearly the same
+
+
+def test_the_two_scripts_agree():
+    """What both define is the same to the letter; what differs in a line or two is small."""
+    one, other = (definitions((ALGOS / f"{name}.py").read_text()) for name in MULTITASK)
+    both = one.keys() & other.keys()
+    assert not [name for name in both - OWN if one[name] != other[name]]
+    assert {"Mixture", "running_phase", "look_inside", "measure", "Run", "describe", "write", "main"} <= both
+    for name, most in (("exit_on_error", 3), ("parse", 2), ("evaluate_run", 2)):
+        lines = difflib.ndiff(one[name].splitlines(), other[name].splitlines())
+        assert sum(line[0] in "+-" for line in lines) <= most, name
+
+
+def definitions(text: str) -> dict[str, str]:
+    """Name -> text of every function and class."""
+    return {node.name: ast.get_source_segment(text, node) for node in ast.parse(text).body if hasattr(node, "name")}
+
+
 @pytest.mark.parametrize("script_name", MULTITASK)
 def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path, capsys):
     """Killed in the first phase, so that the resumed run makes the switch; the script is a copy that stands alone."""
@@ -237,8 +260,8 @@ def test_signal_stops_with_a_checkpoint_and_resume_is_exact(module, tmp_path, mo
         patch.setattr(module, "update", update_then_signal)
         train(module, tmp_path / "run", **settings)
     assert stop.value.code == 128 + signal.SIGTERM and f"--resume {tmp_path / 'run'}" in capsys.readouterr().err
-    rows = rows_of(tmp_path / "run" / "eval.csv") if (tmp_path / "run" / "eval.csv").exists() else []
-    steps = {int(row["global_step"]) for row in rows}
+    evaluations = tmp_path / "run" / "eval.csv"
+    steps = {int(row["global_step"]) for row in rows_of(evaluations)} if evaluations.exists() else set()
     assert (STEPS[module.SCRIPT][0] in steps) == bool(phase)
     resume(module, tmp_path / "run")
     assert equal(whole, tmp_path / "run")
@@ -368,14 +391,15 @@ def test_saved_model_evaluates_on_all_tasks_as_in_training(module, finished, cap
     assert (finished / "policy.json").read_text() == (finished / "evaluation.json").read_text()
 
 
-def test_video_of_sac_shows_every_task(tmp_path):
-    module = quick("sac_moe_multitask")
+def test_video_of_sac_shows_every_task(tmp_path, monkeypatch):
+    module, frames, mimsave = quick("sac_moe_multitask"), [], imageio.mimsave
+    monkeypatch.setattr(
+        imageio, "mimsave", lambda path, images, **how: frames.extend(images) or mimsave(path, images, **how)
+    )
     tasks = tuple(f"moe_envs:TargetReaching-v0?layout=task{i}&max_episode_steps={5 + i}" for i in range(2))
     run = train(module, tmp_path / "run", tasks=tasks, total_timesteps=60, learning_starts=20)
     module.main(words(evaluate=run, video=True))
-    frames = len(imageio.v3.imread(run / "video.gif"))
-    shown = [imageio.v3.immeta(run / "video.gif", index=i)["duration"] for i in range(frames)]
-    assert sum(shown) == 11 * 100  # equal frames are one that lasts longer
+    assert len(frames) == 11 and (run / "video.gif").read_bytes().startswith(b"GIF89a")
 
 
 def test_a_multitask_run_can_be_made_longer_and_a_continual_one_cannot(module, finished, tmp_path, capsys):
