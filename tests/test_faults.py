@@ -12,6 +12,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import gymnasium as gym
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALGOS, SCRIPTS
+from tensorboard.summary.writer.record_writer import RecordWriter
 from test_training import TINY, family, flags, model, same, start, train
 
 
@@ -101,15 +103,23 @@ def test_words_in_env_id_mean_what_they_say(base, word, value):
     assert math.isnan(base.Env(base.Args(env_id="Probe-v0?flag=nan")).unwrapped.flag)
 
 
-@pytest.mark.parametrize("asynchronous", [False, True])
-def test_global_generators_repeat_themselves_and_resume(base, probe, tmp_path, asynchronous):
+def vector_of_probes(num_envs, max_episode_steps, **answers):
+    """What an environment may bring that is vectorised itself."""
+    one = lambda: gym.wrappers.TimeLimit(Probe(**answers), max_episode_steps)  # noqa: E731
+    return gym.vector.SyncVectorEnv([one] * num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+
+gym.register("ProbeVector-v0", Probe, vector_entry_point=vector_of_probes, max_episode_steps=5)
+
+
+@pytest.mark.parametrize("form", ["Probe", "ProbeVector", "asynchronous"])
+def test_global_generators_repeat_themselves_and_resume(base, tmp_path, form):
     """An environment that draws from np.random and random; the first run is cut in the middle of an episode."""
-    probe(draws=True)
-    settings = {"env_id": "Probe-v0", "async_envs": asynchronous, "no_anneal_lr": True}
-    if family(base) == "sac":
-        settings = {"env_id": "Probe-v0"}
-        if asynchronous:
-            pytest.skip("has one environment")
+    settings = {"env_id": "ProbeVector-v0?draws=true" if form == "ProbeVector" else "Probe-v0?draws=true"}
+    if family(base) == "ppo":
+        settings |= {"no_anneal_lr": True, "async_envs": form == "asynchronous"}
+    elif form != "Probe":
+        pytest.skip("has one environment")
     whole = train(base, tmp_path / "whole", total_timesteps=242, **settings)
     np.random.seed(7)
     random.seed(7)
@@ -323,24 +333,18 @@ def test_a_lost_or_damaged_run_json_is_written_anew(base, tmp_path):
         assert all(after[key] == before[key] for key in ("args", "command", "script"))
 
 
-FULL_DISK = """
-import runpy, sys
-from tensorboard.summary.writer.record_writer import RecordWriter
-def write(self, data):
-    raise OSError(28, "No space left on device")
-RecordWriter.write = write
-sys.argv[0] = sys.argv[1]
-del sys.argv[1]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_a_full_disk_that_tensorboards_thread_meets_is_one_line(base, tmp_path):
+def test_a_full_disk_that_tensorboards_thread_meets_is_one_line(base, tmp_path, monkeypatch, capsys):
     """Its queue holds ten values, so the thread's failure shows while the run goes on."""
-    arguments = flags(**TINY[family(base)] | {"eval_every": 22}, run_dir="run")
-    command = [sys.executable, "-c", FULL_DISK, ALGOS / f"{base.SCRIPT}.py", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "No space left" in done.stderr, done.stderr
+
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not that of an earlier run
+    with pytest.raises(SystemExit) as stop:
+        train(base, tmp_path / "run", eval_every=22)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and "No space left" in error, error
 
 
 @pytest.mark.parametrize("value", [1_000_000, 3_000_000_000])
@@ -363,20 +367,13 @@ def test_more_than_memory_is_refused_by_ppo(ppo_pmoe, tmp_path, flag, capsys):
     assert "--num-envs 100000: would take" in error and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["x" * 256, "file/run"])
-def test_run_folders_that_cannot_be_made(base, tmp_path, name, monkeypatch, capsys):
-    """A name that is too long, one below a file."""
+@pytest.mark.parametrize("name", ["x" * 256, "\udcff", "file/run"])
+def test_run_folders_that_cannot_be_made(base, tmp_path, name, monkeypatch, capfd):
+    """A name that is too long, one that is not UTF-8, one below a file."""
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
-    assert "--run-dir" in refused(base, capsys, run_dir=name)
+    assert "--run-dir" in refused(base, capfd, run_dir=name)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_run_folder_whose_name_is_not_utf8(base, tmp_path):
-    process = start(base.SCRIPT, *flags(**TINY[family(base)], run_dir="\udcff"), cwd=tmp_path)
-    output, _ = process.communicate()
-    assert process.returncode == 2 and output.count("\n") == 1 and "--run-dir" in output, output
-    assert not list(tmp_path.iterdir())
 
 
 def test_omp_num_threads_is_honoured_where_no_number_is_given(base, tmp_path, monkeypatch):

@@ -148,7 +148,7 @@ def test_video(script, tmp_path):
 
 def test_resume_after_kill_9_is_exact(script, tmp_path):
     """Target-reaching, killed at a moment that depends on the machine, in the middle of an episode."""
-    settings = dict(total_timesteps=650, learning_starts=350, batch_size=16, eval_every=200, checkpoint_every=130)
+    settings = dict(total_timesteps=560, learning_starts=350, batch_size=16, eval_every=200, checkpoint_every=130)
     if family(script) == "ppo":
         settings = dict(total_timesteps=1600, num_envs=4, num_steps=20, num_minibatches=4, update_epochs=4)
         settings |= dict(eval_every=400, checkpoint_every=240)
@@ -168,14 +168,17 @@ def test_resume_after_kill_9_is_exact(script, tmp_path):
     assert (whole / "eval.csv").read_text() == (resumed / "eval.csv").read_text()
 
 
-@pytest.mark.parametrize(("number", "buffer_size"), [(signal.SIGINT, 1000), (signal.SIGTERM, 60)])
+@pytest.mark.parametrize(("number", "buffer_size"), [(signal.SIGINT, 1000), (signal.SIGTERM, 20)])
 def test_resume_after_a_signal_is_exact(base, tmp_path, number, buffer_size):
     """SAC: a checkpoint at once, also where the replay has turned over and is shorter than the running episode.
 
     PPO goes back to its last one.
     """
-    settings = TINY[family(base)] | dict(total_timesteps=700)
-    settings |= {"sac": dict(buffer_size=buffer_size), "ppo": dict(total_timesteps=1500)}[family(base)]
+    settings = TINY[family(base)] | {"total_timesteps": 1500}
+    if family(base) == "ppo" and number == signal.SIGTERM:
+        pytest.skip("test_faults.py sends it")
+    if family(base) == "sac":
+        settings |= dict(total_timesteps=500, learning_starts=220, buffer_size=buffer_size)
     whole = train(base, tmp_path / "whole", **settings)
     stopped = start(base.SCRIPT, *flags(**settings, run_dir=tmp_path / "run"))
     evaluations = tmp_path / "run" / "eval.csv"
@@ -610,19 +613,22 @@ def test_run_of_another_script_is_refused(sac, pmoe, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("script_name", SCRIPTS)
-def test_copied_alone_it_runs(script_name, tmp_path):
+def test_a_script_imports_nothing_of_the_repository(script_name):
     tree = ast.parse((ALGOS / f"{script_name}.py").read_text())
     names = [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
     names += [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     assert not {name.split(".")[0] for name in names} & {"moe_envs", "envs", "algos", "results", *SCRIPTS}
-    shutil.copy(ALGOS / f"{script_name}.py", tmp_path)
-    small = TINY[script_name.split("_")[0]] | {"total_timesteps": 154}
-    process = start(script_name, *flags(**small), cwd=tmp_path, path=tmp_path)
+
+
+def test_copied_alone_it_runs(base, tmp_path):
+    shutil.copy(ALGOS / f"{base.SCRIPT}.py", tmp_path)
+    small = TINY[family(base)] | {"total_timesteps": 154}
+    process = start(base.SCRIPT, *flags(**small), cwd=tmp_path, path=tmp_path)
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert "step 154/154" in output  # plain lines where there is no terminal
     (run,) = (tmp_path / "runs").iterdir()
-    assert run.name.startswith("Pendulum-v1") and f"__{script_name}__s1__" in run.name and (run / "model.pt").exists()
+    assert run.name.startswith("Pendulum-v1") and f"__{base.SCRIPT}__s1__" in run.name and (run / "model.pt").exists()
 
 
 @pytest.mark.parametrize("script_name", [*SCRIPTS, *MULTITASK])
