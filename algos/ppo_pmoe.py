@@ -84,8 +84,8 @@ class Args:
     total_timesteps: int = 200_000  # environment steps
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to go on with; --total-timesteps can make it longer
-    evaluate: str | None = None  # folder of a run to evaluate instead of training
-    video: bool = False  # with --evaluate: also write video.gif into the run folder
+    evaluate: str | None = None  # folder of a run, or a policy's file, to evaluate instead of training
+    video: bool = False  # with --evaluate: also write a GIF beside it
     eval_every: int = 20_000  # steps between evaluations, each at the end of a rollout
     eval_episodes: int = 10  # episodes per evaluation
     checkpoint_every: int | None = None  # steps between checkpoints, which end all episodes (default: see Run)
@@ -165,7 +165,7 @@ def pick(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 class Actor(nn.Module):
     """Policy pi(a|s) = sum_k w_k(s) N(a; mu_k(s), sigma_k^2) and value V(s): MLPs O-64-64 with tanh; linear gate."""
 
-    policies = ("deterministic", "gate")  # what is evaluated, besides the stochastic one at the end
+    policies = ("deterministic", "gate")  # evaluated each time, the stochastic one only at the last three evaluations
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
@@ -635,7 +635,7 @@ class Run:
         if saved:
             with exit_on_error(f"--resume {self.folder}", "checkpoint.pt is damaged or of another run"):
                 for name, part in self.parts.items():
-                    part.load_state_dict(saved[name])
+                    part.load_state_dict(saved.pop(name))
                 for rng, state in zip(self.rngs, saved["rng"], strict=True):
                     rng.set_state(state)
                 self.step = saved["global_step"]
@@ -699,7 +699,7 @@ class Run:
         """Adds rows to eval.csv."""
         rows = [evaluate(self.agent, self.eval_env, self.args, self.step, p) for p in self.policies(self.step)]
         self.owed = bool(SIGNALS)
-        if self.owed:
+        if self.owed or not rows:
             return
         for row in rows:
             known = {key: row[key] for key in ("return", "success") if math.isfinite(row[key])}  # few know success
