@@ -399,24 +399,30 @@ def whole_run(script: str, device: str, flags: str, steps: int) -> float:
     module = load_script(script)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         short = f"{flags} --total-timesteps {steps} --eval-every 1000000000 --eval-episodes 1 --num-threads 1"
-        run = module.main([*short.split(), "--device", device, "--run-dir", f"{folder}/run"])
+        run = module.main([*short.split(), "--device", *device.split(), "--run-dir", f"{folder}/run"])
         return json.loads((run / "run.json").read_text())["wall_time"]
 
 
-def gpu():
+def gpu(scripts: list[str]):
     """Steps per second of every script on GPU and CPU: two runs of different length, the first to warm up."""
     if not torch.cuda.is_available():
         raise SystemExit("--gpu: this machine has no GPU that PyTorch can use")
-    print(f"{torch.cuda.get_device_name()}\n| script | GPU, steps/s | CPU, steps/s | GPU / CPU |\n|---|---|---|---|")
-    for script, flags in GPU.items():
+    print(torch.cuda.get_device_name())
+    print("| script | GPU, steps/s | with --cuda-graph | one CPU core | GPU / CPU | with --cuda-graph / CPU |")
+    print("|---|---|---|---|---|---|")
+    for script in scripts or GPU:
         short, long = (1000, 3000) if script.startswith("sac") else (8192, 24576)
         if "moe_multitask" in script and script.startswith("ppo") or script.startswith("pqn"):
             short, long = 2 * 8064, 6 * 8064
         speeds = []
-        for device in ("cuda", "cpu"):
-            first = whole_run(script, device, flags, short)
-            speeds.append((long - short) / (whole_run(script, device, flags, long) - first))
-        print(f"| {script}.py | {speeds[0]:.0f} | {speeds[1]:.0f} | {speeds[0] / speeds[1]:.2f} |", flush=True)
+        for device in ("cuda", "cuda --cuda-graph", "cpu"):
+            if "graph" in device and script not in ("sac", "sac_pmoe"):
+                speeds.append(float("nan"))
+                continue
+            first = whole_run(script, device, GPU[script], short)
+            speeds.append((long - short) / (whole_run(script, device, GPU[script], long) - first))
+        row = [f"{speed:.0f}" for speed in speeds] + [f"{speed / speeds[2]:.2f}" for speed in speeds[:2]]
+        print(f"| {script}.py | {' | '.join(row).replace('nan', '')} |", flush=True)
 
 
 def main():
@@ -429,11 +435,12 @@ def main():
     parser.add_argument("--minatar", action="store_true", help="only the whole training on MinAtar")
     parser.add_argument("--pqn", action="store_true", help="only the whole training of PQN")
     parser.add_argument("--gpu", action="store_true", help="steps per second of every script on GPU and CPU")
+    parser.add_argument("--scripts", nargs="+", choices=GPU, default=[], help="with --gpu: only these")
     args = parser.parse_args()
     if args.pqn:
         return pqn(args.threads, args.rounds)
     if args.gpu:
-        return gpu()
+        return gpu(args.scripts)
     torch.set_flush_denormal(True)  # for both forms: the plain one would be slower still without it
     if args.ppo:
         return ppo_speed(args.threads, args.rounds)

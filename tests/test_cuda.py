@@ -24,6 +24,8 @@ CASES = {
     "sac": ("sac", SAC),
     "sac_pmoe": ("sac_pmoe", SAC),
     "sac_pmoe-draws": ("sac_pmoe", SAC | dict(selection="draws", primitive_update="all")),
+    "sac-graph": ("sac", SAC | dict(cuda_graph=True)),
+    "sac_pmoe-graph": ("sac_pmoe", SAC | dict(cuda_graph=True)),
     "ppo": ("ppo", PPO),
     "ppo_pmoe": ("ppo_pmoe", PPO),
     **{f"sac_moe-{router}": ("sac_moe_multitask", TASKS | MIXED | dict(router=router, num_experts=2)) for router in
@@ -82,6 +84,16 @@ def test_what_a_gpu_trained_evaluates_on_the_cpu(case, tmp_path, capsys):
     capsys.readouterr()
     script.main(words(evaluate=tmp_path / "s1.pt", eval_episodes=1, device="cpu"))
     assert json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("name", ["sac", "sac_pmoe"])
+def test_a_cuda_graph_computes_the_same_numbers(name, tmp_path):
+    """Losses of every logged update, weights and evaluations are those of a run without."""
+    script, settings, runs = load(name), SAC | dict(eval_episodes=1, num_threads=1, device="cuda"), []
+    for graph in (False, True):
+        runs.append(script.main(words(**settings, cuda_graph=graph, run_dir=tmp_path / str(graph))))
+    assert same(weights(runs[0]), weights(runs[1]))
+    assert (runs[0] / "eval.csv").read_text() == (runs[1] / "eval.csv").read_text()
 
 
 @pytest.mark.parametrize("name", ["sac", "sac_pmoe"])
