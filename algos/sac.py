@@ -613,7 +613,7 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
                 raise ValueError(f"must lie between {low:g} and {high:g}")
             if name == "video" and value and args.evaluate is None:
                 raise ValueError("goes with --evaluate")
-            if name == "cuda_graph" and value and args.device == "cpu":
+            if name == "cuda_graph" and value and args.device == "cpu" and args.evaluate is None:
                 raise ValueError("goes with --device cuda")
     with exit_on_error(f"--device {args.device}", "--device cpu always works"):
         torch.zeros(1, device=args.device).item()

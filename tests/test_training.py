@@ -493,6 +493,7 @@ WRONG_SAC = {
         "--buffer-size 1000000000000: would take .* GB, the machine has .*; give less",
     ),
     "learning rate infinite": (dict(q_lr=math.inf), "--q-lr inf"),
+    "a graph without a GPU": (dict(cuda_graph=True), "--cuda-graph True: goes with --device cuda"),
 }
 WRONG_PPO = {
     "learning rate infinite": (dict(learning_rate=math.inf), "--learning-rate inf"),
