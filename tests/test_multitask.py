@@ -120,6 +120,17 @@ def test_files_of_a_run(module, finished):
     assert same(policy["agent"], {k: v for k, v in model(finished).items() if k.startswith("actor.")})
 
 
+@pytest.mark.parametrize("architecture, layers", [("final", "3"), ("all", "123")])
+def test_final_and_all_run(module, tmp_path, architecture, layers):
+    """As actor and as critic; each layer that is a mixture has a router of its own."""
+    moe = {"actor_moe": architecture, "critic_moe": architecture}
+    run = train(module, tmp_path / "run", **moe, total_timesteps=STEPS[module.SCRIPT][0])
+    routers = {
+        (row["network"], row["metric"]) for row in rows_of(run / "moe.csv") if row["metric"].startswith("router")
+    }
+    assert routers == {(network, f"router{layer}") for network in ("actor", "critic") for layer in layers}
+
+
 def test_tensorboard_has_what_the_tables_have(module, tmp_path):
     """Every number of eval.csv and moe.csv, and the weights as pictures: a row of blocks for each of the 2 tasks."""
     run = train(module, tmp_path / "run", num_experts=3)
