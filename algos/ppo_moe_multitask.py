@@ -23,32 +23,32 @@ Run       python algos/ppo_moe_multitask.py --actor-moe big --critic-moe big --p
           python algos/ppo_moe_multitask.py --tasks freeway seaquest --num-envs 64 --router topk --tokens persamp
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
-MinAtar (Young and Tian 2019) is a package under GPL-3.0; it is imported where the games are made, not at the top.
+MinAtar (Young and Tian 2019) is a package under GPL-3.0, imported where the games are made, not at the top.
 
 What differs from ppo.py:
 1. Discrete actions and pictures: actor and critic are each a 3x3 convolution to 16 channels, 128 units and a head, as
    is usual for MinAtar. Neither rewards nor observations are normalised. The settings are PureJaxRL's, except for 63
-   environments, not 64 (three equal shares), 3,024,000 steps, not 10^7, and a value loss that is neither clipped nor
-   halved twice. PureJaxRL plays gymnax's games, where the limit of 1,000 steps terminates an episode; here it
-   truncates, and MinAtar's sticky actions stay.
+   environments, not 64, 3,024,000 steps, not 10^7, and a value loss that is neither clipped nor halved twice. Its
+   games are gymnax's, where a limit of 1,000 steps terminates; here it truncates, and MinAtar's sticky actions stay.
 2. T tasks. multitask: equal shares of the environments. continual: all environments play one task, then the next,
    --cycles times. The weights stay. The learning rate is annealed within each phase, so that every task has the same,
-   and Adam starts anew with each phase: its moments would go on moving an expert whose task is over.
+   and Adam starts anew with each phase: its moments would go on moving an expert whose task is over. Both help the
+   baseline, too: --no-adam-reset and --no-anneal-per-phase. Each game has a block of channels and its minimal actions.
+   With --channels shared one game's bricks are another's gold; with --actions all a policy can come to prefer an
+   action that does nothing in the next game, and stand still there.
 3. --actor-moe and --critic-moe say which layers are mixtures: see Network. An expert has the width of the layer that
    it replaces (middle: see 4). --match-params divides the width by n, or for all and big by the root of n, because
    their largest matrix shrinks at both ends; all experts together then have about the baseline's parameters.
-4. middle has PerConv tokens by default: each of the 64 cells is a token of 16 channels. An expert is then 16-128-16
-   with ReLU, and the head sees 1,024 inputs, as in the code of 2402.08609. The baseline's matrix of 1,024 x 128 is
-   gone, and with it most of the parameters. With --tokens persamp the token is the sample, and the layer is the
-   baseline's with n experts (in their code an expert maps back to the size of its token).
+4. middle has PerConv tokens by default: each of the 64 cells is a token of 16 channels. An expert is then 16-128-16,
+   and the head sees 1,024 inputs, as in the code of 2402.08609: most of the baseline's parameters are gone. With
+   --tokens persamp the token is the sample, and the layer is the baseline's with n experts.
 5. At every evaluation the networks are measured: see measure() and moe.csv.
 Where this differs from the papers: one slot per expert where their code has m / n. A cell's output is a weighted mean
 of the same n p vectors for all cells of a picture, so its cells differ in at most n p - 1 of their 16 dimensions: in 2
-with three experts. Padding, action set, --match-params, the order of phases, and 2's annealing and Adam are ours.
+with three experts. Channels, actions, --match-params, the order of phases, and 2's annealing and Adam are ours.
 Advantages are normalised over a minibatch with all its games, so a game with small rewards has a small part in the
 actor's gradient. With topk and hardcoded an expert computes all that chose it: nothing is dropped.
-Letters in the shape comments: B batch, N environments, T tasks, C channels, n experts, p slots of an expert, m tokens
-of a sample, d inputs and h outputs of a layer.
+Shapes: B batch, N games, T tasks, C channels, n experts, p slots of an expert, m tokens, d inputs, h outputs.
 """
 
 import contextlib
@@ -104,7 +104,7 @@ class Args:
     update_epochs: int = 4  # passes over a rollout
     num_minibatches: int = 8  # updates per pass
     learning_rate: float = 5e-3  # Adam's step size
-    anneal_lr: bool = True  # lowers it linearly to 0 over the run or, continual, over each phase
+    anneal_lr: bool = True  # lowers it linearly to 0
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
     clip_coef: float = 0.2  # the ratio counts within 1 +- this
@@ -112,6 +112,8 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     # tasks and mixture
+    channels: Literal["own", "shared"] = "own"  # each game has a block of channels, or all begin with the first
+    actions: Literal["minimal", "all"] = "minimal"  # a game offers the actions that do something in it, or all six
     protocol: Literal["multitask", "continual"] = "multitask"  # all tasks at once, or one after the other
     cycles: int = 1  # continual: times that the list of tasks is gone through
     actor_moe: Architecture = "middle"  # which layers of the actor are mixtures
@@ -120,9 +122,13 @@ class Args:
     num_experts: int = 8  # n
     top_k: int = 1  # topk: experts per token
     tokens: Literal["perconv", "persamp"] = "perconv"  # middle: a token is a cell of the convolution, or a sample
-    slots: int = 1  # softmoe with perconv: slots per expert, p
+    slots: int = 1  # softmoe with perconv: slots per expert, p; 0 is m / n, rounded up
     load_balance: float = 0.0  # topk: weight of Switch's load-balancing loss
     match_params: bool = False  # divide the width of the experts by n (all, big: by its root)
+    width: int = 128  # hidden units of a network, or of each expert
+    freeze_router: bool = False  # the routers keep their first weights
+    adam_reset: bool = True  # continual: Adam starts anew with each phase
+    anneal_per_phase: bool = True  # continual: --anneal-lr goes over each phase, not over the run
 
     @property
     def env_id(self) -> str:
@@ -132,7 +138,14 @@ class Args:
 
 CHANNELS = {"asterix": 4, "breakout": 4, "freeway": 7, "seaquest": 10, "space_invaders": 6}  # of MinAtar's games
 Batch = namedtuple("Batch", "obs task action log_prob advantage target")  # obs (B, 10, 10, C) bool, the others (B,)
-ACTIONS = 6  # nothing, left, up, right, down, fire: all games take all of them, what a game does not know does nothing
+ACTIONS = 6  # nothing, left, up, right, down, fire; most games know fewer (MinAtar's minimal action sets):
+MINIMAL = {"asterix": (0, 1, 2, 3, 4), "breakout": (0, 1, 3), "freeway": (0, 2, 4), "space_invaders": (0, 1, 3, 5)}
+
+
+def blocks(args: Args) -> list[int]:
+    """The first channel of each task's block, and how many channels there are."""
+    sizes = [CHANNELS[task] for task in args.tasks]
+    return [*[0] * len(sizes), max(sizes)] if args.channels == "shared" else [0, *itertools.accumulate(sizes)]
 
 
 def phases(args: Args) -> int:
@@ -234,9 +247,8 @@ class Network(nn.Module):
     def __init__(self, channels: int, outputs: int, gain: float, architecture: str, args: Args):
         super().__init__()
         n, mixed = args.num_experts, self.MIXED[architecture]
-        share = n if len(mixed) == 1 else math.sqrt(n)  # for --match-params
-        widths = [max(round(w / share), 1) if args.match_params and i in mixed else w for i, w in enumerate((16, 128))]
-        conv, units = widths
+        share = (n if len(mixed) == 1 else math.sqrt(n)) if args.match_params else 1
+        conv, units = (max(round(w / share), 1) if i in mixed else w for i, w in enumerate((16, args.width)))
         make = (  # each layer, and how many numbers a router in front of it sees
             (lambda: nn.Sequential(Conv(channels, conv), nn.ReLU(), nn.Flatten()), 100 * channels),
             (lambda: nn.Sequential(layer(64 * conv, units), nn.ReLU()), 64 * conv),
@@ -247,10 +259,8 @@ class Network(nn.Module):
         elif architecture == "middle" and args.tokens == "perconv":
             experts = [nn.Sequential(layer(16, units), nn.ReLU(), layer(units, 16, 1.0)) for _ in range(n)]
             layers = [nn.Sequential(Conv(channels, conv), nn.ReLU(), nn.Flatten(1, 2))]  # (B, 64, 16)
-            layers += [
-                CellMixture(experts, 16, args, args.slots),
-                nn.Sequential(nn.Flatten(), layer(1024, outputs, gain)),
-            ]
+            layers += [CellMixture(experts, 16, args, args.slots or -(-64 // n))]
+            layers += [nn.Sequential(nn.Flatten(), layer(1024, outputs, gain))]
         else:
             layers = [Mixture([f() for _ in range(n)], d, args) if i in mixed else f() for i, (f, d) in enumerate(make)]
         self.layers = nn.ModuleList(layers)
@@ -267,11 +277,20 @@ class Agent(nn.Module):
 
     def __init__(self, args: Args):
         super().__init__()
-        channels = max(CHANNELS[task] for task in args.tasks)
+        *_, channels = blocks(args)
         self.actor = Network(channels, ACTIONS, 0.01, args.actor_moe, args)
         self.critic = Network(channels, 1, 1.0, args.critic_moe, args)
+        offered = [MINIMAL.get(task, range(6)) if args.actions == "minimal" else range(6) for task in args.tasks]
+        masked = torch.tensor([[action not in known for action in range(ACTIONS)] for known in offered])  # (T, 6)
+        self.register_buffer("masked", masked, persistent=False)
+        for name, weight in self.named_parameters():
+            weight.requires_grad_(not (args.freeze_router and name.endswith("phi")))
         self.to(args.device)
         self.optimizers = [torch.optim.Adam(self.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)]
+
+    def log_probs(self, obs: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
+        """obs (B, 10, 10, C), task (B,) -> log pi(.|s) (B, 6); what a game does not offer has the probability 0."""
+        return self.actor(obs.float(), task).masked_fill(self.masked[task], -1e9).log_softmax(1)  # -inf would give nan
 
     def value(self, obs: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """obs (B, 10, 10, C), task (B,) -> V (B,)."""
@@ -280,8 +299,8 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: torch.Tensor, task: torch.Tensor, policy: str) -> torch.Tensor:
         """obs (B, 10, 10, C), task (B,) -> action (B,): a draw (stochastic) or the likeliest (deterministic)."""
-        logits = self.actor(obs.float(), task)
-        return draw(logits) if policy == "stochastic" else logits.argmax(1)
+        log_probs = self.log_probs(obs, task)
+        return draw(log_probs) if policy == "stochastic" else log_probs.argmax(1)
 
 
 def draw(logits: torch.Tensor) -> torch.Tensor:
@@ -295,7 +314,7 @@ def rollout(agent: Agent, games: "Games", steps: int, args: Args) -> tuple[Batch
     columns, cut, episodes = [], {}, []
     for t in range(steps):
         obs = torch.from_numpy(games.obs.copy()).to(args.device)  # (N, 10, 10, C)
-        log_probs, value = agent.actor(obs.float(), games.task).log_softmax(1), agent.value(obs, games.task)
+        log_probs, value = agent.log_probs(obs, games.task), agent.value(obs, games.task)
         action = draw(log_probs)
         log_prob = log_probs.gather(1, action[:, None]).squeeze(1)
         reward, terminated, truncated, ended = games.step(action.tolist())
@@ -327,7 +346,7 @@ def gae(reward, value, next_value, terminated, done, args: Args) -> torch.Tensor
 def losses_of(agent: Agent, batch: Batch, args: Args) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """Losses of actor and critic, each with its load-balancing loss, and what is logged."""
     # Actor: maximise E[min(r A, clip(r, 1 - eps, 1 + eps) A)] + c H(pi), r = pi(a|s) / pi_old(a|s)
-    log_probs = agent.actor(batch.obs.float(), batch.task).log_softmax(1)  # (B, 6)
+    log_probs = agent.log_probs(batch.obs, batch.task)  # (B, 6)
     log_ratio = log_probs.gather(1, batch.action[:, None]).squeeze(1) - batch.log_prob  # (B,)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
@@ -382,12 +401,13 @@ def train(args: Args, saved: dict | None = None):
         phase = running_phase(first, args)
         if first and phase != running_phase(first - size, args):
             games.begin([args.tasks[phase % number]] * args.num_envs, max(games.episodes) + 1)
-            optimizer.state.clear()
-        progress = first * phases(args) / args.total_timesteps - phase  # of this phase
+            if args.adam_reset:
+                optimizer.state.clear()
+        progress = first * phases(args) / args.total_timesteps  # in phases
+        progress = progress - phase if args.anneal_per_phase else progress / phases(args)
         optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - progress if args.anneal_lr else 1)
         batch, episodes = rollout(agent, games, args.num_steps, args)
         metrics = learn(agent, batch, args) | {"charts/learning_rate": optimizer.param_groups[0]["lr"]}
-
         for task in {task for task, *_ in episodes}:
             results = np.mean([values for t, *values in episodes if t == task], axis=0)
             metrics[f"charts/episodic_return_{task}"], metrics[f"charts/episodic_length_{task}"] = results
@@ -408,8 +428,8 @@ PROBE = 4, 128  # games of each task, and their steps, that the networks are mea
 class Games:
     """N games of MinAtar side by side; obs (N, 10, 10, C) bool is what they show, task (N,) which they are.
 
-    Each episode has its own seed. A checkpoint therefore needs no game's state: resume plays the running episodes'
-    actions again. Sticky actions (0.1) and the ramp of difficulty are MinAtar's defaults; the time limit truncates.
+    Each episode has its own seed, so that resume can play its actions again. Sticky actions (0.1) and the ramp of
+    difficulty are MinAtar's defaults.
     """
 
     def __init__(self, tasks: list[str], args: Args, evaluation: bool = False):
@@ -422,7 +442,10 @@ class Games:
             from minatar import Environment
         self.tasks, self.games = list(tasks), [Environment(task) for task in tasks]
         self.task = torch.tensor([self.args.tasks.index(task) for task in tasks], device=self.args.device)
-        self.obs = np.zeros((len(tasks), 10, 10, max(CHANNELS[task] for task in self.args.tasks)), bool)
+        *starts, channels = blocks(self.args)
+        self.obs = np.zeros((len(tasks), 10, 10, channels), bool)
+        blocks_of = [slice(starts[t], starts[t] + CHANNELS[task]) for t, task in zip(self.task, tasks, strict=True)]
+        self.views = [obs[..., block] for obs, block in zip(self.obs, blocks_of, strict=True)]  # what each game shows
         self.episodes, self.played, self.returns = ([None] * len(tasks) for _ in range(3))
         for i, game in enumerate(self.games):
             game.seed(0)  # from now on both of its parts have one random state
@@ -434,12 +457,12 @@ class Games:
         game.random.seed(self.half + (self.first_seed + episode) % 2**31)
         game.reset()
         game.last_action = 0  # which reset() forgets
-        self.obs[i, ..., : game.n_channels] = game.state()  # channels that it lacks stay empty
+        self.views[i][:] = game.state()  # the other channels stay empty
 
     def play(self, i: int, action: int) -> tuple[float, bool, bool]:
         """Reward, terminated and truncated of one step of game i."""
         reward, terminated = self.games[i].act(action)
-        self.obs[i, ..., : self.games[i].n_channels] = self.games[i].state()
+        self.views[i][:] = self.games[i].state()
         self.played[i].append(action)
         self.returns[i] += float(reward)
         return float(reward), bool(terminated), len(self.played[i]) >= TIME_LIMIT and not terminated
@@ -494,16 +517,13 @@ def film(agent: Agent, args: Args, path: Path):
     with exit_on_error("--video", "pip install pillow"):
         from PIL import Image  # comes with tensorboard
 
-        games, frames = make_envs(args, evaluation=True), [[] for _ in args.tasks]
+        games, seen = make_envs(args, evaluation=True), []
+        evaluate(
+            agent, games, args, 0, "deterministic", lambda live: seen.extend((i, games.obs[i].copy()) for i in live)
+        )
         grey = np.linspace(80, 255, games.obs.shape[-1])  # the higher the channel, the brighter
-
-        def watch(live: list[int]):
-            for i in live:
-                picture = (games.obs[i] * grey).max(-1).astype(np.uint8)  # (10, 10)
-                frames[i].append(Image.fromarray(picture.repeat(16, 0).repeat(16, 1)))
-
-        evaluate(agent, games, args, 0, "deterministic", watch)
-        first, *others = itertools.chain(*frames)
+        pictures = [(obs * grey).max(-1).astype(np.uint8) for _, obs in sorted(seen, key=lambda x: x[0])]  # (10, 10)
+        first, *others = (Image.fromarray(picture.repeat(16, 0).repeat(16, 1)) for picture in pictures)
         first.save(path, save_all=True, append_images=others, duration=40, loop=0)
 
 
@@ -536,8 +556,8 @@ def cosines(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 
 def gradient(loss: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """The gradient of `loss` for all parameters of `module` as one vector."""
-    parts = torch.autograd.grad(loss, list(module.parameters()), materialize_grads=True)
+    """The gradient of `loss` for all trained parameters of `module` as one vector."""
+    parts = torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad], materialize_grads=True)
     return torch.cat([part.flatten() for part in parts])
 
 
@@ -812,9 +832,16 @@ def write(path: Path, data: bytes | dict):
 
 
 SCRIPT, SIGNALS, OPEN = Path(__file__).stem, [], contextlib.ExitStack()  # Ctrl-C or SIGTERM; what main() closes
-LIMITS = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, 1e12)}  # others: positive
+LIMITS = {
+    "slots": (0, 64),
+    "seed": (0, 2**31 - 1),
+    "gamma": (0, 1),
+    "gae_lambda": (0, 1),
+    "ent_coef": (0, 1e12),
+}  # others: positive
 LIMITS |= {"load_balance": (0, 1e12), "num_threads": (1, 4 * (os.cpu_count() or 1))}
-OLDER = {}  # flags that older files lack, and the values at which a script does what it did then
+OLDER = {"channels": "shared", "actions": "all", "width": 128}  # what flags that older files lack meant then
+OLDER |= {"freeze_router": False, "adam_reset": True, "anneal_per_phase": True}
 
 
 @contextlib.contextmanager
@@ -833,18 +860,17 @@ def exit_on_error(what: str, remedy: str, code: int = 2, errors=Exception):
 def mixture_rules(args: Args) -> list[tuple[bool, str]]:
     """(wrong, message): tasks and mixture that do not fit together, flags other than --router that have no effect."""
     number, mixed = len(args.tasks), {args.actor_moe, args.critic_moe} - {"baseline"}
-    n, k, choosing = args.num_experts, args.top_k, bool(mixed) and args.router == "topk"
-    each = f"hardcoded routing needs one for each of {number} tasks; raise it"
+    n, k, router = args.num_experts, args.top_k, args.router if mixed else None
     useless = "has no effect here, leave it out; it goes with"
     return [
         (not number, "--tasks: needs at least one"),
         (len(set(args.tasks)) < number, f"--tasks {' '.join(args.tasks)}: name each only once"),
-        (choosing and k > n, f"--top-k {k}: there are {n} experts; lower it or raise --num-experts"),
-        (mixed and args.router == "hardcoded" and n < number, f"--num-experts {n}: {each}"),
-        (k != 1 and not choosing, f"--top-k: {useless} --router topk and a mixture"),
-        (args.load_balance and not choosing, f"--load-balance: {useless} --router topk and a mixture"),
-        (args.match_params and not mixed, f"--match-params: {useless} an architecture other than baseline"),
-        (args.match_params and "final" in mixed, f"--match-params: {useless} layers whose width is free, not final"),
+        (router == "topk" and k > n, f"--top-k {k}: there are {n} experts; lower it or raise --num-experts"),
+        (router == "hardcoded" and n < number, f"--num-experts {n}: hardcoded needs {number}, one for each task"),
+        (router != "topk" and k != 1, f"--top-k: {useless} --router topk and a mixture"),
+        (router != "topk" and args.load_balance, f"--load-balance: {useless} --router topk and a mixture"),
+        (not mixed and args.match_params, f"--match-params: {useless} an architecture other than baseline"),
+        ("final" in mixed and args.match_params, f"--match-params: {useless} layers whose width is free, not final"),
         (args.cycles != 1 and args.protocol == "multitask", f"--cycles: {useless} --protocol continual"),
     ]
 
@@ -863,6 +889,9 @@ def rules(args: Args) -> list[tuple[bool, str]]:
         *mixture_rules(args),
         (args.tokens == "persamp" and not middle, f"--tokens persamp: {useless} the architecture middle"),
         (args.slots != 1 and not (cells and args.router == "softmoe"), f"--slots: {useless} Soft MoE of cells"),
+        (args.freeze_router and args.router == "hardcoded", f"--freeze-router: {useless} a router that learns"),
+        (multitask and not args.adam_reset, f"--no-adam-reset: {useless} --protocol continual"),
+        (multitask and not args.anneal_per_phase, f"--no-anneal-per-phase: {useless} --protocol continual"),
         (args.match_params and cells, f"--match-params: {useless} --tokens persamp, experts of cells are small"),
         (multitask and args.num_envs % number, f"--num-envs {args.num_envs}: no multiple of the tasks, as {near} is"),
         (steps % parts or steps < 2 * parts, f"--num-minibatches {parts}: {equal}"),

@@ -561,8 +561,8 @@ def cosines(gradients: list[torch.Tensor]) -> torch.Tensor:
 
 
 def gradient(loss: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    """The gradient of `loss` for all parameters of `module` as one vector."""
-    parts = torch.autograd.grad(loss, list(module.parameters()), materialize_grads=True)
+    """The gradient of `loss` for all trained parameters of `module` as one vector."""
+    parts = torch.autograd.grad(loss, [p for p in module.parameters() if p.requires_grad], materialize_grads=True)
     return torch.cat([part.flatten() for part in parts])
 
 
@@ -861,18 +861,17 @@ def exit_on_error(what: str, remedy: str, code: int = 2, errors=Exception):
 def mixture_rules(args: Args) -> list[tuple[bool, str]]:
     """(wrong, message): tasks and mixture that do not fit together, flags other than --router that have no effect."""
     number, mixed = len(args.tasks), {args.actor_moe, args.critic_moe} - {"baseline"}
-    n, k, choosing = args.num_experts, args.top_k, bool(mixed) and args.router == "topk"
-    each = f"hardcoded routing needs one for each of {number} tasks; raise it"
+    n, k, router = args.num_experts, args.top_k, args.router if mixed else None
     useless = "has no effect here, leave it out; it goes with"
     return [
         (not number, "--tasks: needs at least one"),
         (len(set(args.tasks)) < number, f"--tasks {' '.join(args.tasks)}: name each only once"),
-        (choosing and k > n, f"--top-k {k}: there are {n} experts; lower it or raise --num-experts"),
-        (mixed and args.router == "hardcoded" and n < number, f"--num-experts {n}: {each}"),
-        (k != 1 and not choosing, f"--top-k: {useless} --router topk and a mixture"),
-        (args.load_balance and not choosing, f"--load-balance: {useless} --router topk and a mixture"),
-        (args.match_params and not mixed, f"--match-params: {useless} an architecture other than baseline"),
-        (args.match_params and "final" in mixed, f"--match-params: {useless} layers whose width is free, not final"),
+        (router == "topk" and k > n, f"--top-k {k}: there are {n} experts; lower it or raise --num-experts"),
+        (router == "hardcoded" and n < number, f"--num-experts {n}: hardcoded needs {number}, one for each task"),
+        (router != "topk" and k != 1, f"--top-k: {useless} --router topk and a mixture"),
+        (router != "topk" and args.load_balance, f"--load-balance: {useless} --router topk and a mixture"),
+        (not mixed and args.match_params, f"--match-params: {useless} an architecture other than baseline"),
+        ("final" in mixed and args.match_params, f"--match-params: {useless} layers whose width is free, not final"),
         (args.cycles != 1 and args.protocol == "multitask", f"--cycles: {useless} --protocol continual"),
     ]
 

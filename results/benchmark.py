@@ -69,19 +69,19 @@ def moe_suites() -> dict[str, Suite]:
     return {
         "moe-minatar": Suite(
             "MinAtar-3-games",
-            "--num-experts 3 --total-timesteps 3024000 --num-threads 1",  # 375 rollouts
+            "--num-experts 3 --total-timesteps 3024000 --num-threads 1 --channels shared --actions all",  # 375 rollouts
             range(1, 4),
             minatar,
         ),
         "moe-minatar-slots": Suite(
             "MinAtar-3-games",
-            "--num-experts 3 --total-timesteps 3024000 --num-threads 1",
+            "--num-experts 3 --total-timesteps 3024000 --num-threads 1 --channels shared --actions all",
             range(1, 4),
             slots,
         ),
         "moe-minatar-order": Suite(
             "MinAtar-3-games-reversed",
-            "--num-experts 3 --total-timesteps 3024000 --num-threads 1",
+            "--num-experts 3 --total-timesteps 3024000 --num-threads 1 --channels shared --actions all",
             range(1, 4),
             order,
         ),
@@ -243,6 +243,79 @@ SUITES |= {
     "minatar-pqn": [minatar_pqn(game, PQN_ARMS) for game in ("space_invaders", "breakout", "asterix")],
     "minatar-pqn-own-rules": [
         minatar_pqn(game, {"pqn": "pqn"}, "-own-rules", OWN_RULES) for game in ("space_invaders", "breakout", "asterix")
+    ],
+}
+
+
+# The second paper's agents on three MinAtar games that share no input: a block of channels for each, its own actions.
+MINATAR_OWN = "--num-experts 3 --total-timesteps 3024000 --num-threads 1"  # 375 rollouts, of each game 125
+GAMES = ("space_invaders", "breakout", "asterix")
+BOTH = ("multitask", "continual")
+
+
+def minatar_own(
+    protocols: tuple[str, ...], kinds: dict[str, str], seeds: int, folder: str = "", flags: str = ""
+) -> Suite:
+    """Labels `protocol-kind`; a kind is router and architecture, or that of actor and critic, and other flags."""
+    runs = {}
+    for protocol in protocols:
+        for kind, words in kinds.items():
+            moe, _, others = words.partition(" ")
+            router, _, layers = moe.rpartition("-")
+            actor, _, critic = layers.partition("/")
+            command = f"--protocol {protocol} --actor-moe {actor} --critic-moe {critic or actor}"
+            runs[f"{protocol}-{kind}"] = f"ppo_moe_multitask {command} {f'--router {router}' * bool(router)} {others}"
+    return Suite(f"MinAtar-own{folder}", f"{MINATAR_OWN} {flags}", range(1, 1 + seeds), runs)
+
+
+MAIN_KINDS = {kind: kind for kind in ("baseline", "softmoe-big", "hardcoded-big")}
+PARTS_IN = ("multitask",)  # the protocol in which MAIN_KINDS differ more, once they are run
+SUITES |= {
+    "minatar-own-a": [
+        minatar_own(BOTH, MAIN_KINDS, 6),
+        minatar_own(("continual",), MAIN_KINDS, 3, "-reversed", f"--tasks {' '.join(reversed(GAMES))}"),
+    ],
+    "minatar-own-b": [
+        minatar_own(
+            BOTH,
+            {
+                "softmoe-middle": "softmoe-middle --tokens persamp",
+                "softmoe-final": "softmoe-final",
+                "softmoe-all": "softmoe-all",
+                "hardcoded-middle": "hardcoded-middle --tokens persamp",
+            },
+            3,
+        ),
+        minatar_own(
+            ("multitask",),
+            {
+                "softmoe-middle-cells": "softmoe-middle --tokens perconv --slots 0",
+                "topk-middle": "topk-middle --tokens persamp",
+                "hardcoded-all": "hardcoded-all",
+            },
+            3,
+        ),
+    ],
+    "minatar-own-c": [
+        minatar_own(
+            PARTS_IN,
+            {
+                "softmoe-big-actor": "softmoe-big/baseline",
+                "softmoe-big-critic": "softmoe-baseline/big",
+                "baseline-wide": "baseline --width 392",  # as many parameters as three experts and their router
+                "softmoe-big-frozen": "softmoe-big --freeze-router",
+            },
+            3,
+        ),
+        minatar_own(("continual",), {"baseline-no-reset": "baseline --no-adam-reset --no-anneal-per-phase"}, 3),
+    ],
+    "minatar-own-d": [  # the constants by which a return is divided
+        Suite(
+            "MinAtar-own",
+            "--total-timesteps 1008000 --num-threads 1 --actor-moe baseline --critic-moe baseline",
+            range(1, 4),
+            {f"alone-{game}": f"ppo_moe_multitask --tasks {game}" for game in GAMES},
+        )
     ],
 }
 

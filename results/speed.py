@@ -281,7 +281,7 @@ def minatar(threads: list[int], rounds: int):
     forms = {  # architecture, and the mixture
         "baseline": ("baseline", {}),
         "Soft MoE, middle, n = 8, p = 1": ("middle", {}),
-        "Soft MoE, middle, n = 8, p = 8": ("middle", {"slots": 8}),
+        "Soft MoE, middle, n = 8, p = 8": ("middle", {"slots": 0}),
         "Soft MoE, big, n = 3": ("big", {"num_experts": 3}),
         "top-1, big, n = 3": ("big", {"num_experts": 3, "router": "topk"}),
         "top-1, big, n = 8": ("big", {"router": "topk"}),
@@ -297,28 +297,25 @@ def minatar(threads: list[int], rounds: int):
                 torch.manual_seed(0)
                 agent = module.Agent(args)
                 games = module.Games([args.tasks[j % 3] for j in range(args.num_envs)], args)
-                games.reset(args, first=i)
-                spent, step = [0.0], games.step
+                spent, play = [0.0], games.play
 
-                def timed_step(j, action, step=step, spent=spent, clock=clock):
+                def timed_play(j, action, play=play, spent=spent, clock=clock):
                     start = clock()
-                    result = step(j, action)
+                    result = play(j, action)
                     spent[0] += clock() - start
                     return result
 
-                games.step = timed_step
+                games.play = timed_play
                 start = clock()
                 batch, _ = module.rollout(agent, games, args.num_steps, args)
                 middle = clock()
                 module.learn(agent, batch, args)
                 end = clock()
-                inputs = [
-                    (*module.see(x), y) for x, y in zip(batch.obs.split(1024), batch.task.split(1024), strict=True)
-                ]
+                inputs = zip(batch.obs.split(args.num_envs), batch.task.split(args.num_envs), strict=True)
                 values_start = clock()
                 with torch.no_grad():
                     for x in inputs:
-                        agent.critic(*x)
+                        agent.value(*x)
                 values = clock() - values_start
                 rest = middle - start - spent[0] - values
                 times[name] += [(end - start, spent[0], rest, values, end - middle)] if i else []
@@ -330,16 +327,9 @@ def minatar(threads: list[int], rounds: int):
     for task in module.CHANNELS:
         args = module.Args(tasks=(task,))
         games, rng = module.Games([task] * 8, args), np.random.default_rng(0)
-        games.reset(args, first=0)
-
-        def play(games=games, rng=rng):
-            for j, action in enumerate(rng.integers(6, size=8).tolist()):
-                if any(games.step(j, action)[1:]):
-                    games.start(j)
-
         start = time.process_time()
         for _ in range(500):
-            play()
+            games.step(rng.integers(6, size=8).tolist())
         print(f"{task} alone: {4000 / (time.process_time() - start):.0f} steps/s with random actions")
 
 

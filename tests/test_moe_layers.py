@@ -22,7 +22,9 @@ def sac_args(module, architecture="big", tasks=3, **changes):
 
 
 def ppo_args(module, architecture="big", **changes):
-    return module.Args(actor_moe=architecture, critic_moe=architecture, **changes)
+    """Pictures of six channels, all actions."""
+    mine = {"actor_moe": architecture, "critic_moe": architecture, "channels": "shared", "actions": "all"}
+    return module.Args(**mine | changes)
 
 
 def network(module, architecture, **changes):
@@ -665,9 +667,10 @@ def test_convolution_of_pictures_whose_channels_stand_last(ppo_moe):
 def test_padding_and_actions_of_each_game(ppo_moe, task):
     """The game's channels stand first, the others are empty; an action that the game does not know does nothing."""
     minatar = pytest.importorskip("minatar")
-    args = ppo_moe.Args(tasks=(task, "seaquest") if task != "seaquest" else (task,))
+    args = ppo_args(ppo_moe, tasks=(task, "seaquest") if task != "seaquest" else (task,))
     plain = minatar.Environment(task)
     assert plain.n_channels == ppo_moe.CHANNELS[task] and plain.num_actions() == ppo_moe.ACTIONS
+    assert plain.minimal_action_set() == list(ppo_moe.MINIMAL.get(task, range(6)))
     games = ppo_moe.Games([task] * (2 + ppo_moe.ACTIONS), args)
     assert games.obs.shape == (8, 10, 10, 10)
     games.begin(games.tasks, 3)
@@ -692,6 +695,73 @@ def test_padding_and_actions_of_each_game(ppo_moe, task):
             games.play(1, 0), games.play(2 + action, action)
             same &= np.array_equal(games.obs[1], games.obs[2 + action])
         assert same or action in known
+
+
+@pytest.mark.parametrize("games", [("space_invaders", "breakout", "asterix"), ("seaquest", "freeway")])
+def test_no_two_games_share_an_input(ppo_moe, games):
+    """Every channel that a game ever uses is its own and lies in its block; the network has an input for each."""
+    minatar = pytest.importorskip("minatar")
+    args = ppo_moe.Args(tasks=games)
+    mine, rng = ppo_moe.Games([*games], args), np.random.default_rng(0)
+    sizes = [minatar.Environment(name).n_channels for name in games]
+    *starts, channels = ppo_moe.blocks(args)
+    used = [np.zeros(channels, bool) for _ in games]
+    for _ in range(300):
+        for i, (start, size) in enumerate(zip(starts, sizes, strict=True)):
+            assert np.array_equal(mine.obs[i, ..., start : start + size], mine.games[i].state())
+            used[i] |= mine.obs[i].any((0, 1))
+        mine.step(rng.integers(6, size=len(games)).tolist())
+    assert not any((a & b).any() for a, b in itertools.combinations(used, 2)) and all(map(np.any, used))
+    assert channels == sum(sizes) == mine.obs.shape[-1]
+    assert ppo_moe.Agent(args).actor(torch.from_numpy(mine.obs).float(), mine.task).shape == (len(games), 6)
+
+
+def test_a_masked_action_is_never_drawn_and_has_no_gradient_and_no_entropy(ppo_moe):
+    """Even where the network prefers it. A task without a mask is as before."""
+    args = ppo_moe.Args(actor_moe="baseline", critic_moe="baseline", tasks=("breakout", "seaquest"))
+    agent, known = ppo_moe.Agent(args), [0, 1, 3]
+    agent.actor.layers[2].bias.data = torch.tensor([0.0, 0.5, 9.0, -0.5, 9.0, 9.0])  # Breakout knows 0, 1 and 3
+    obs, task = torch.rand(2000, 10, 10, 14) < 0.2, torch.arange(2000) % 2
+    breakout, logits = task == 0, agent.actor(obs.float(), task)
+    for policy in ("stochastic", "deterministic"):
+        action = agent.act(obs, task, policy)
+        assert set(action[breakout].tolist()) <= set(known) and set(action[~breakout].tolist()) <= {*range(6)}
+    assert (agent.act(obs, task, "deterministic") == logits.argmax(1))[~breakout].all()
+    expected = torch.distributions.Categorical(logits=logits[breakout][:, known])
+    log_probs = agent.log_probs(obs, task)
+    torch.testing.assert_close(log_probs[breakout][:, known], expected.logits)
+    torch.testing.assert_close(log_probs[~breakout], logits[~breakout].log_softmax(1))
+    batch = ppo_moe.Batch(obs, task, agent.act(obs, task, "stochastic"), *torch.randn(3, 2000))
+    mine = ppo_moe.Batch(*(x[breakout] for x in batch))
+    loss, _, metrics = ppo_moe.losses_of(agent, mine, args)
+    torch.testing.assert_close(metrics["policy/entropy"], expected.entropy().mean())
+    weight, bias = torch.autograd.grad(loss, list(agent.actor.layers[2].parameters()))
+    for action in range(6):
+        assert (weight[action].abs().sum() > 0) == (bias[action] != 0) == (action in known)
+    everything = ppo_moe.Agent(ppo_moe.dataclasses.replace(args, actions="all"))
+    assert not everything.masked.any()
+
+
+def test_slots_fill_the_cells_and_a_wide_network_is_as_large_as_the_mixture(ppo_moe):
+    """The widths that results/benchmark.py has; a router that is frozen has weights, but no gradient."""
+    tasks = ("space_invaders", "breakout", "asterix")
+    for n, slots in ((3, 22), (8, 8), (5, 13)):
+        args = ppo_moe.Args(tasks=tasks, num_experts=n, slots=0)
+        assert ppo_moe.Network(14, 6, 1.0, "middle", args).layers[1].phi.shape == (16, n * slots)
+    mixture, plain = ppo_moe.Args(num_experts=3), ppo_moe.Args(width=392)
+    for outputs in (6, 1):
+        big = ppo_moe.count_parameters(ppo_moe.Network(14, outputs, 1.0, "big", mixture), mixture)["total"]
+        wide = ppo_moe.count_parameters(ppo_moe.Network(14, outputs, 1.0, "baseline", plain), plain)["total"]
+        assert wide / big == pytest.approx(1, abs=0.05)
+    args = ppo_moe.Args(actor_moe="all", critic_moe="big", num_experts=3, freeze_router=True)
+    agent = ppo_moe.Agent(args)
+    before = {key: value.clone() for key, value in agent.state_dict().items()}
+    obs = torch.rand(40, 10, 10, 14) < 0.2
+    batch = ppo_moe.Batch(obs, torch.arange(40) % 3, torch.zeros(40, dtype=torch.long), *torch.randn(3, 40))
+    for _ in range(2):
+        ppo_moe.update(agent, batch, args)
+    for key, value in agent.state_dict().items():
+        assert torch.equal(value, before[key]) == key.endswith("phi"), key
 
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.9])

@@ -120,6 +120,17 @@ def test_files_of_a_run(module, finished):
     assert same(policy["agent"], {k: v for k, v in model(finished).items() if k.startswith("actor.")})
 
 
+@pytest.mark.parametrize("architecture, layers", [("final", "3"), ("all", "123")])
+def test_final_and_all_run(module, tmp_path, architecture, layers):
+    """As actor and as critic; each layer that is a mixture has a router of its own."""
+    moe = {"actor_moe": architecture, "critic_moe": architecture}
+    run = train(module, tmp_path / "run", **moe, total_timesteps=STEPS[module.SCRIPT][0])
+    routers = {
+        (row["network"], row["metric"]) for row in rows_of(run / "moe.csv") if row["metric"].startswith("router")
+    }
+    assert routers == {(network, f"router{layer}") for network in ("actor", "critic") for layer in layers}
+
+
 def test_tensorboard_has_what_the_tables_have(module, tmp_path):
     """Every number of eval.csv and moe.csv, and the weights as pictures: a row of blocks for each of the 2 tasks."""
     run = train(module, tmp_path / "run", num_experts=3)
@@ -350,8 +361,42 @@ def test_ppo_plays_the_tasks_as_scheduled(tmp_path, monkeypatch):
     train(module, tmp_path / "multitask")
     assert played == [[0, 1]] * 10 and rates == [round(1 - i / 10, 3) for i in range(10)]
     played.clear(), rates.clear()
-    train(module, tmp_path / "continual", protocol="continual", cycles=2, total_timesteps=512)
+    continual = dict(protocol="continual", cycles=2, total_timesteps=512)
+    train(module, tmp_path / "continual", **continual)
     assert played == [[0], [0], [1], [1]] * 2 and rates == [1.0, 0.5] * 4
+    rates.clear()
+    train(module, tmp_path / "one annealing", **continual, anneal_per_phase=False)
+    assert rates == [1 - i / 8 for i in range(8)]
+
+
+def test_adam_starts_anew_with_each_phase_unless_told_otherwise(tmp_path, monkeypatch):
+    module = quick("ppo_moe_multitask")
+    update, steps = module.update, []
+
+    def watch(agent, *arguments):
+        state = agent.optimizers[0].state
+        steps.append(int(max((x["step"] for x in state.values()), default=0)))
+        return update(agent, *arguments)
+
+    monkeypatch.setattr(module, "update", watch)
+    measure_nothing(module, monkeypatch)
+    for reset in (True, False):
+        steps.clear()
+        train(module, tmp_path / str(reset), protocol="continual", total_timesteps=256, adam_reset=reset)
+        assert steps == ([0, 1, 2, 3] * 2 if reset else [*range(8)])  # two rollouts of two updates in each phase
+
+
+def test_an_older_file_has_shared_channels_and_all_actions(tmp_path):
+    """Files from before these flags mean what they meant."""
+    module = quick("ppo_moe_multitask")
+    run = train(module, tmp_path / "run", channels="shared", actions="all", total_timesteps=64)
+    for name in ("checkpoint.pt", "policy.pt"):
+        saved = torch.load(run / name, weights_only=True)
+        saved["args"] = {key: value for key, value in saved["args"].items() if key not in module.OLDER}
+        torch.save(saved, run / name)
+    module.main(words(evaluate=run / "policy.pt"))
+    resume(module, run, total_timesteps=128)
+    assert json.loads((run / "run.json").read_text())["args"]["channels"] == "shared"
 
 
 def test_a_switch_leaves_the_experts_of_other_tasks_alone(module, tmp_path, monkeypatch):
@@ -505,6 +550,9 @@ WRONG_PPO = {
     "tokens of no middle": (dict(tokens="persamp", actor_moe="big", critic_moe="big"), "--tokens persamp"),
     "width of the experts of cells": (dict(match_params=True), "--tokens persamp"),
     "unequal minibatches": (dict(num_minibatches=7), "--num-minibatches 7"),
+    "a router that learns nothing": (dict(freeze_router=True, router="hardcoded"), "--freeze-router"),
+    "no phases, Adam": (dict(adam_reset=False), "--no-adam-reset"),
+    "no phases, annealing": (dict(anneal_per_phase=False), "--no-anneal-per-phase"),
     "minibatches of one": (dict(num_minibatches=64), "at least 2 each; change it, --num-envs or --num-steps"),
 }
 
