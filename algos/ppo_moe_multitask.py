@@ -840,6 +840,8 @@ LIMITS = {
     "ent_coef": (0, 1e12),
 }  # others: positive
 LIMITS |= {"load_balance": (0, 1e12), "num_threads": (1, 4 * (os.cpu_count() or 1))}
+LIMITS |= {name: (1, 10_000) for name in ("num_envs", "num_steps", "eval_episodes")}  # memory
+LIMITS |= {"num_experts": (1, 256), "slots": (0, 1000), "width": (1, 100_000)}
 OLDER = {"channels": "shared", "actions": "all", "width": 128}  # what flags that older files lack meant then
 OLDER |= {"freeze_router": False, "adam_reset": True, "anneal_per_phase": True}
 

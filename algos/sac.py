@@ -366,7 +366,7 @@ class Env(gym.Wrapper):
 
     def check(self, obs, info: dict) -> tuple[np.ndarray, dict]:
         """A copy of the observation, which some environments change in place; info with success as a number."""
-        self.obs = np.array(obs, np.float32)
+        self.obs = np.array(obs, np.float32).reshape(self.observation_space.shape)
         if not (np.isfinite(self.obs).all() and np.isfinite(self.rewards[-1:]).all()):
             raise FloatingPointError(f"an observation or reward of {self.spec.id} is not finite")
         success = math.nan if info.get("success") is None else np.asarray(info["success"], float).item()

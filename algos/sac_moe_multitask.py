@@ -50,6 +50,7 @@ import json
 import math
 import os
 import platform
+import random
 import shlex
 import signal
 import subprocess
@@ -457,11 +458,15 @@ class Env(gym.Wrapper):
         self.episode, self.actions = self.episode + 1 if episode is None else episode, []
         self.rewards, self.success_once = [], math.nan
         seed = self.half + (self.first_seed + self.episode * self.number + self.task) % 2**30
+        random.seed(seed)  # some environments draw from the global generators; each of ours has its own state of them
+        np.random.seed(seed)
         return self.check(*self.env.reset(seed=seed))
 
     def step(self, action: np.ndarray):
         if not np.isfinite(action).all():
             raise FloatingPointError("the policy's action is not finite, the training has diverged")
+        random.setstate(self.generators[0])
+        np.random.set_state(self.generators[1])
         obs, reward, terminated, truncated, info = self.env.step(action)
         self.actions.append(action)
         self.rewards.append(np.asarray(reward, float).item())  # of any shape that has one value
@@ -472,7 +477,8 @@ class Env(gym.Wrapper):
 
     def check(self, obs, info: dict) -> tuple[np.ndarray, dict]:
         """A copy of the observation, which some environments change in place; info with success as a number."""
-        self.obs = np.array(obs, np.float32)
+        self.generators = random.getstate(), np.random.get_state()
+        self.obs = np.array(obs, np.float32).reshape(self.observation_space.shape)
         if not (np.isfinite(self.obs).all() and np.isfinite(self.rewards[-1:]).all()):
             raise FloatingPointError(f"an observation or reward of {self.spec.id} is not finite")
         success = math.nan if info.get("success") is None else np.asarray(info["success"], float).item()
@@ -498,6 +504,11 @@ def make_envs(args: Args, evaluation: bool = False, **kwargs) -> list[Env]:
         with exit_on_error(f"--tasks {env.name}", f"leave it or {envs[0].name} out"):
             if (shape := getattr(env, role).shape) != (first := getattr(envs[0], role).shape):
                 raise ValueError(f"its {role} has shape {shape}, that of {envs[0].name} {first}")
+    row = 2 * envs[0].observation_space.shape[0] + envs[0].action_space.shape[0] + 2
+    need, memory = 4 * row * args.buffer_size, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with exit_on_error(f"--buffer-size {args.buffer_size}", "give less"):
+        if need > memory:
+            raise ValueError(f"would take {need / 1e9:.0f} GB, the machine has {memory / 1e9:.0f} GB")
     return envs
 
 
@@ -527,8 +538,16 @@ def film(agent: Agent, args: Args, path: Path):
         import imageio  # comes with gymnasium[mujoco]
 
         envs, frames = make_envs(args, evaluation=True, render_mode="rgb_array"), []
-        evaluate(agent, envs, args, 0, "deterministic", lambda env: frames.append(env.render()[::2, ::2]))
-        imageio.mimsave(path, frames, duration=1000 / envs[0].metadata.get("render_fps", 30), loop=0)
+        fps = envs[0].metadata.get("render_fps", 30)  # a GIF counts in 10 ms, and browsers show less than 20 ms as 100
+        strides = range(-(-fps // 50), fps // 10 + 2)
+        stride = min(strides, key=lambda s: abs(100 * s / fps - round(100 * s / fps)) / s)
+
+        def watch(env):
+            if len(env.actions) % stride == 0 and len(frames) < 500:  # everything would take gigabytes
+                frames.append(env.render()[::2, ::2])
+
+        evaluate(agent, envs, args, 0, "deterministic", watch)
+        imageio.mimsave(path, frames, duration=10 * round(100 * stride / fps), loop=0)
 
 
 def probe(agent: Agent, args: Args, parts: dict) -> tuple[torch.Tensor, dict, dict]:
@@ -841,6 +860,7 @@ WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "of
 WORDS |= {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # in --tasks; 'on' in quotes is a string
 LIMITS = {"seed": (0, 2**31 - 1), "learning_starts": (0, 1e12), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
 LIMITS |= {"load_balance": (0, 1e12), "num_threads": (1, 4 * (os.cpu_count() or 1))}
+LIMITS |= {"num_experts": (1, 256), "batch_size": (1, 1e6)}  # memory
 OLDER = {}  # flags that older files lack, and the values at which a script does what it did then
 
 

@@ -254,9 +254,9 @@ def test_several_rewards_are_refused(base, probe, capsys):
     assert "--env-id Probe-v0" in refused(base, capsys, env_id="Probe-v0")
 
 
-def test_observations_of_another_size_than_their_spaces_are_refused(ppo, probe, capsys):
+def test_observations_of_another_size_than_their_spaces_are_refused(base, probe, capsys):
     probe(obs=[0.0, 1.0])
-    assert "--env-id Probe-v0" in refused(ppo, capsys, env_id="Probe-v0")
+    assert "--env-id Probe-v0" in refused(base, capsys, env_id="Probe-v0")
 
 
 def test_success_at_the_end_and_at_any_step(base, tmp_path, probe, capsys):

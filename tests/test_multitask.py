@@ -4,6 +4,7 @@ import ast
 import csv
 import difflib
 import json
+import random
 import re
 import shutil
 import signal
@@ -13,6 +14,9 @@ import time
 import gymnasium as gym
 import imageio
 import imageio.v3
+import numpy as np
+import PIL.Image
+import PIL.ImageSequence
 import pytest
 import torch
 from conftest import ALGOS, MULTITASK, load
@@ -447,6 +451,50 @@ def test_video_of_sac_shows_every_task(tmp_path, monkeypatch):
     assert len(frames) == 11 and (run / "video.gif").read_bytes().startswith(b"GIF89a")
 
 
+class Film(gym.Env):
+    """125 pictures a second, of an environment that draws from the global generators."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 125}
+    observation_space, action_space = gym.spaces.Box(-9, 9, (1,)), gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, render_mode=None, gain=1.0):
+        self.render_mode, self.gain = render_mode, gain
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.full(1, self.gain * np.random.random() + random.random(), np.float32), 1.0, False, False, {}
+
+    def render(self):
+        return np.random.default_rng().integers(0, 255, (20, 20, 3), dtype=np.uint8)
+
+
+gym.register("Film-v0", Film, max_episode_steps=100)
+FILMS = ("Film-v0", "Film-v0?gain=2.0")
+
+
+def test_a_gif_plays_at_the_right_speed_in_browsers(tmp_path):
+    """Browsers show a delay below 20 ms as 100 ms."""
+    module = quick("sac_moe_multitask")
+    run = train(module, tmp_path / "run", tasks=FILMS, total_timesteps=60, learning_starts=20)
+    module.main(words(evaluate=run, video=True))
+    delays = [picture.info["duration"] for picture in PIL.ImageSequence.Iterator(PIL.Image.open(run / "video.gif"))]
+    assert min(delays) >= 20 and sum(delays) == pytest.approx(200 / 125 * 1000, rel=0.05)
+
+
+def test_global_generators_repeat_themselves_and_resume(tmp_path):
+    """Tasks that draw from np.random and random, one beside the other; the first run is cut within their episodes."""
+    module = quick("sac_moe_multitask")
+    settings = dict(tasks=FILMS, total_timesteps=160, eval_every=160)
+    whole = train(module, tmp_path / "whole", **settings)
+    np.random.seed(7)
+    random.seed(7)
+    train(module, tmp_path / "run", **settings | dict(total_timesteps=60, eval_every=60))
+    resume(module, tmp_path / "run", total_timesteps=160)
+    assert same(model(whole), model(tmp_path / "run"))
+
+
 def test_a_multitask_run_can_be_made_longer_and_a_continual_one_cannot(module, finished, tmp_path, capsys):
     shutil.copytree(finished, tmp_path / "run")
     longer = STEPS[module.SCRIPT][1] * 2
@@ -509,7 +557,12 @@ class TwoActions(gym.ActionWrapper):
         return action[:1]
 
 
+class WholeNumbers(Film):
+    action_space = gym.spaces.Box(0, 9, (1,), np.int64)
+
+
 gym.register("Pendulum2-v0", TwoActions, max_episode_steps=10)
+gym.register("Whole-v0", WholeNumbers, max_episode_steps=10)
 WRONG = {
     "two experts, top three": (dict(router="topk", top_k=3), "--top-k 3: there are 2 experts"),
     "more tasks than experts": (dict(router="hardcoded", num_experts=1), "--num-experts 1"),
@@ -525,6 +578,8 @@ WRONG = {
     "negative load balance": (dict(load_balance=-1.0), "--load-balance -1.0"),
     "nothing to resume": (dict(resume="no/such/run"), "--resume no/such/run"),
     "no such gpu": (dict(device=NO_GPU), "--device cuda"),
+    "more experts than memory": (dict(num_experts=10**6), "--num-experts 1000000: must lie between"),
+    "more threads than the machine can use": (dict(num_threads=10**6), "--num-threads 1000000: must lie between"),
 }
 WRONG_SAC = {
     "other observations": (dict(tasks=("Pendulum-v1", "Hopper-v5")), "--tasks Hopper-v5"),
@@ -536,6 +591,9 @@ WRONG_SAC = {
     "a task twice": (dict(tasks=("Pendulum-v1", "Pendulum-v1")), "--tasks Pendulum-v1 Pendulum-v1"),
     "unequal shares": (dict(batch_size=7), "--batch-size 7"),
     "no room": (dict(buffer_size=1), "--buffer-size 1"),
+    "more transitions than memory": (dict(buffer_size=10**12), "--buffer-size 1000000000000: would take"),
+    "a batch larger than memory": (dict(batch_size=10**9), "--batch-size 1000000000: must lie between"),
+    "whole numbers as actions": (dict(tasks=("Whole-v0",), batch_size=8), "--tasks Whole-v0: needs real-valued"),
     "random to the end": (dict(learning_starts=81), "--learning-starts 81"),
     "no update in a phase": (
         dict(protocol="continual", learning_starts=71, update_every=11),
@@ -544,6 +602,9 @@ WRONG_SAC = {
 }
 WRONG_PPO = {
     "unknown game": (dict(tasks=("breakout", "pong")), "--tasks pong"),
+    "more games than memory": (dict(num_envs=10**8), "--num-envs 100000000: must lie between"),
+    "more steps than memory": (dict(num_steps=10**9), "--num-steps 1000000000: must lie between"),
+    "more slots than memory": (dict(slots=10**9), "--slots 1000000000: must lie between"),
     "a game twice": (dict(tasks=("breakout", "breakout")), "--tasks breakout breakout"),
     "unequal shares": (dict(num_envs=5), "--num-envs 5"),
     "slots of no tokens": (dict(slots=2, tokens="persamp"), "--slots"),
