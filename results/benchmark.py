@@ -145,13 +145,19 @@ REACHING_SAC = {
     "sac_pmoe-means": "sac_pmoe --selection means",
     "sac_pmoe-all": f"{DRAWS} --primitive-update all",
 }
+SAC_RIVALS = {"sac_gating": "sac_gating", "sac_mcp": "sac_mcp"}
+SAC_RIVALS |= {f"sac_gmm-{gradient}": f"sac_gmm --gradient {gradient}" for gradient in ("marginal", "score", "gumbel")}
 
 
-def reaching(folder: str, task: str, flags: str, seeds: range, labels: tuple[str, ...] = tuple(REACHING_SAC)) -> Suite:
+def reaching(folder: str, task: str, flags: str, seeds: range, runs: dict[str, str] = REACHING_SAC) -> Suite:
     """SAC on a target-reaching task."""
-    runs = {label: REACHING_SAC[label] for label in labels}
     flags = f"--env-id moe_envs:TargetReaching-v0?{task} {flags} --eval-every 2500 --num-threads 1"
     return Suite(f"TargetReaching-v0-{folder}", flags, seeds, runs)
+
+
+def some(*labels: str) -> dict[str, str]:
+    """Of REACHING_SAC those with these labels."""
+    return {label: REACHING_SAC[label] for label in labels}
 
 
 UNTOUCHED = "--learning-starts 1000 --alpha-init 1 --total-timesteps"  # settings of the authors' release
@@ -170,11 +176,22 @@ SUITES |= {
     "reaching-untouched": reaching("untouched", "layout=random", f"{UNTOUCHED} 40000", range(1, 7)),
     "reaching-penalty10": [
         reaching("penalty10", EASED.format("fixed"), PATIENT, range(1, 7)),
-        reaching("penalty10", EASED.format("fixed"), PATIENT, range(7, 11), ("sac_pmoe", "sac_pmoe-means")),
+        reaching("penalty10", EASED.format("fixed"), PATIENT, range(7, 11), some("sac_pmoe", "sac_pmoe-means")),
     ],
     "reaching-mirror": reaching("mirror", EASED.format("mirror"), PATIENT, range(1, 7)),
     "reaching-exploration": reaching(
-        "exploration", "layout=random", f"{UNTOUCHED} 10000", range(1, 11), ("sac", "sac_pmoe")
+        "exploration", "layout=random", f"{UNTOUCHED} 10000", range(1, 11), some("sac", "sac_pmoe")
+    ),
+    "reaching-mirror-rivals": reaching("mirror", EASED.format("mirror"), PATIENT, range(1, 7), SAC_RIVALS),
+    "reaching-untouched-rivals": reaching("untouched", "layout=random", f"{UNTOUCHED} 40000", range(1, 7), SAC_RIVALS),
+    "halfcheetah-rivals": Suite(
+        "HalfCheetah-v5",
+        HALFCHEETAH,
+        range(1, 4),
+        {label: run + " --num-experts 2" * ("mcp" not in label) for label, run in SAC_RIVALS.items()},
+    ),
+    "hopper-gating": Suite(  # for Fig. 4
+        "Hopper-v5-300k", f"--env-id Hopper-v5 {SAC_300K}", range(1, 2), {"sac_gating": "sac_gating --num-experts 4"}
     ),
 }
 
@@ -200,7 +217,23 @@ def experts_of(task: str, label: str) -> str:
     return f"{GATES[label]} --num-experts {PAPER_K[task]}"
 
 
+# A fair step size (ours): no further pass over a rollout once the policy has moved by .012.
+KL = "--target-kl 0.012"
+PPO_RIVALS = {"ppo_gating": "ppo_gating", "ppo_mcp": "ppo_mcp", "ppo_dac": "ppo_dac"}
+
+
+def kl(runs: dict[str, str]) -> dict[str, str]:
+    """The same runs at the fair step size."""
+    return {label: f"{run} {KL}" for label, run in runs.items()}
+
+
+def gating_of(task: str) -> dict[str, str]:
+    """The rivals, gating with as many experts as PMOE; the others with the numbers of their papers."""
+    return PPO_RIVALS | {"ppo_gating": f"ppo_gating --num-experts {PAPER_K[task]}"}
+
+
 REACHING = {"ppo": "ppo"} | {label: GATES[label] for label in ("ppo_pmoe-both", "ppo_pmoe-frequency")}
+MIRROR = f"--env-id moe_envs:TargetReaching-v0?{EASED.format('mirror')} --total-timesteps 200000 --eval-every 10000"
 RANDOM = "--env-id moe_envs:TargetReaching-v0?layout=random --total-timesteps 1000000 --eval-every 50000"
 SUITES |= {
     "ppo-mujoco": [
@@ -217,6 +250,22 @@ SUITES |= {
             "experts",
         )
     ],
+    "ppo-kl": [
+        ppo_mujoco(task, kl({"ppo": "ppo", "ppo_pmoe-both": experts_of(task, "ppo_pmoe-both")}), "ppo-kl")
+        for task in ("Hopper", "Walker2d", "HalfCheetah")
+    ],
+    "ppo-kl-rivals": [ppo_mujoco(task, kl(gating_of(task)), "ppo-kl") for task in ("Hopper", "HalfCheetah")],
+    "ppo-num-experts-kl": [  # 8 is in ppo-kl
+        ppo_mujoco(
+            "HalfCheetah",
+            kl({f"ppo_pmoe-{k}": f"{GATES['ppo_pmoe-both']} --num-experts {k}" for k in (1, 2, 4, 16)}),
+            "experts-kl",
+        )
+    ],
+    "ppo-mirror": Suite(
+        "TargetReaching-v0-mirror", MIRROR, range(1, 7), {k: REACHING[k] for k in ("ppo", "ppo_pmoe-both")}
+    ),
+    "ppo-mirror-rivals": Suite("TargetReaching-v0-mirror", MIRROR, range(1, 7), PPO_RIVALS),
     "ppo-gate-gradient": [  # with ppo-mujoco, in whose folders they are, and ppo-target-reaching
         ppo_mujoco(task, {label: experts_of(task, label) for label in GATES if label != "ppo_pmoe-both"})
         for task in ("HalfCheetah", "Hopper", "Walker2d")
