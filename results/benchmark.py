@@ -3,6 +3,7 @@
 python results/benchmark.py target-reaching             # two runs at a time, each on one thread
 python results/benchmark.py ppo-mujoco --jobs 4 --only Hopper Walker2d
 python results/benchmark.py halfcheetah --dry-run       # only says what it would do
+python results/benchmark.py sac-mujoco --ray            # on all machines of a Ray cluster, see the README
 
 A run goes to results/runs/<environment>/<label>/s<seed>, what it prints to s<seed>.log beside that folder. Ctrl-C stops
 the running ones with a checkpoint; the same command goes on later. The exit code is 1 if a run failed.
@@ -17,6 +18,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -419,6 +421,90 @@ def start(run_dir: Path, decision: str, command: list[str]) -> subprocess.Popen 
         return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=output)
 
 
+def here(waiting: list[tuple], number: int) -> Iterator[tuple[Path, int | None, str]]:
+    """Does the jobs on this machine, `number` at a time. Yields (run folder, exit code, time taken) as they end.
+
+    The exit code is None if another process was at the run. Ctrl-C stops the running ones with a checkpoint.
+    """
+    waiting, running = list(waiting), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < number:
+                run_dir, decision, command = waiting.pop(0)
+                log(f"{decision:6}", run_dir)
+                process = start(run_dir, decision, command)
+                if process:
+                    running[process] = run_dir, time.time()
+                else:
+                    yield run_dir, None, ""
+            time.sleep(1)
+            for process in [p for p in running if p.poll() is not None]:
+                run_dir, started = running.pop(process)
+                yield run_dir, process.returncode, f"{(time.time() - started) / 60:.1f} min, {len(waiting)} waiting"
+    except KeyboardInterrupt:
+        log("interrupted: the runs write a checkpoint and stop")
+        for process in running:
+            process.send_signal(signal.SIGINT)
+        for process in running:
+            process.wait()
+        raise
+
+
+def work(run_dir: Path, command: list[str]) -> tuple[int, float]:
+    """What a worker of a Ray cluster does with a job: exit code and minutes. Started again, it goes on with the run."""
+    started, process = time.time(), None
+    try:
+        while not process:
+            decision = decide(REPOSITORY / run_dir)
+            if decision == "skip":
+                return 0, 0.0
+            process = start(
+                run_dir, decision, command if decision == "start" else [*command[:2], "--resume", str(run_dir)]
+            )
+            if not process:  # one that outlived its worker is still at it
+                time.sleep(5)
+        return process.wait(), (time.time() - started) / 60
+    except KeyboardInterrupt:
+        if process:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+        raise
+
+
+def on_ray(jobs: list[tuple], options: argparse.Namespace) -> Iterator[tuple[Path, int, str]]:
+    """Hands the jobs to a running Ray cluster; yields as here() does. The repository is on a file system of all nodes.
+
+    A run whose node is lost goes on from its last checkpoint on another one.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise SystemExit('benchmark.py: --ray: Ray is not installed; pip install "ray>=2.40,<3"') from None
+    path = os.pathsep.join([str(REPOSITORY / "results"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    try:
+        ray.init(options.ray, runtime_env={"env_vars": {"PYTHONPATH": path}}, log_to_driver=False)
+    except (ConnectionError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise SystemExit(f"benchmark.py: --ray {options.ray}: {reason}; start a cluster by ray start --head") from None
+    task = ray.remote(num_cpus=1, num_gpus=options.gpus, max_retries=-1)(work)
+    device = ["--device", "cuda"] if options.gpus else []
+    running = {}
+    for run_dir, decision, command in jobs:
+        log(f"{decision:6}", run_dir)
+        running[task.remote(run_dir, command + device * (decision == "start"))] = run_dir
+    try:
+        while running:
+            for done in ray.wait(list(running), timeout=1)[0]:
+                code, minutes = ray.get(done)
+                yield running.pop(done), code, f"{minutes:.1f} min, {len(running)} left"
+    except KeyboardInterrupt:
+        log("interrupted: the runs write a checkpoint and stop")
+        for job in running:
+            ray.cancel(job)
+        ray.wait(list(running), num_returns=len(running))
+        raise
+
+
 def keep_policy(run_dir: Path):
     """Copies policy.pt to results/policies: seed 1, on Hopper every seed; sac_pmoe's first with the critics."""
     (environment, label, seed), folder = run_dir.parts[-3:], REPOSITORY / run_dir
@@ -455,10 +541,16 @@ def main() -> int:
     parser.add_argument("suite", choices=SUITES, nargs="+", help="in this order")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time (default: 2)")
     parser.add_argument("--only", nargs="+", default=[""], help="only runs with one of these words in the folder")
+    parser.add_argument(
+        "--ray", nargs="?", const="auto", help="on a running Ray cluster, all runs at once; its address"
+    )
+    parser.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs for each run, on which it then trains")
     parser.add_argument("--dry-run", action="store_true", help="print the decisions and commands, start nothing")
     options = parser.parse_args()
     if options.jobs < 1:
         parser.error("--jobs: must be at least 1")
+    if options.gpus < 0 or (options.gpus and not options.ray):
+        parser.error("--gpus: a number of 0 or more, with --ray")
     jobs = []
     for suites in (SUITES[name] for name in options.suite):
         found = [job for suite in (suites if isinstance(suites, list) else [suites]) for job in plan(suite)]
@@ -471,7 +563,7 @@ def main() -> int:
 
     for number in (signal.SIGINT, signal.SIGTERM):  # kill does what Ctrl-C does, in the background as well
         signal.signal(number, signal.default_int_handler)
-    waiting, running, failed = [], {}, []
+    waiting, failed = [], []
     for job in jobs:
         run_dir, decision, _ = job
         if decision != "skip":
@@ -480,32 +572,13 @@ def main() -> int:
         log("skip ", run_dir)
         failed += [] if extras(run_dir) else [run_dir]
     try:
-        while waiting or running:
-            while waiting and len(running) < options.jobs:
-                run_dir, decision, command = waiting.pop(0)
-                log(f"{decision:6}", run_dir)
-                process = start(run_dir, decision, command)
-                if process:
-                    running[process] = run_dir, time.time()
-                else:
-                    log("LEFT  ", run_dir, "another process is at this run")
-                    failed.append(run_dir)
-            time.sleep(1)
-            for process in [p for p in running if p.poll() is not None]:
-                run_dir, started = running.pop(process)
-                good = process.returncode == 0
-                verdict = "done  " if good else "FAILED"
-                log(verdict, run_dir, f"{(time.time() - started) / 60:.1f} min, {len(waiting)} waiting")
-                if not good:
-                    print(*Path(f"{REPOSITORY / run_dir}.log").read_text().splitlines()[-5:], sep="\n", flush=True)
-                if not good or not extras(run_dir):
-                    failed.append(run_dir)
+        for run_dir, code, minutes in on_ray(waiting, options) if options.ray else here(waiting, options.jobs):
+            log("LEFT, another process is at it" if code is None else "FAILED" if code else "done  ", run_dir, minutes)
+            if code:
+                print(*Path(f"{REPOSITORY / run_dir}.log").read_text().splitlines()[-5:], sep="\n", flush=True)
+            if code != 0 or not extras(run_dir):
+                failed.append(run_dir)
     except KeyboardInterrupt:
-        log("interrupted: the runs write a checkpoint and stop")
-        for process in running:
-            process.send_signal(signal.SIGINT)
-        for process in running:
-            process.wait()
         return 130
     log(f"{' '.join(options.suite)}: {len(jobs) - len(failed)} of {len(jobs)} runs are finished", *failed)
     return 1 if failed else 0
