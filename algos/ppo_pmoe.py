@@ -451,7 +451,11 @@ class Adam(torch.optim.Adam):
 
 
 class Sampler:
-    """Steps this process's environments by the policy; each one's observation and return last till reset()."""
+    """Steps this process's environments by the policy; each one's observation and return last till reset().
+
+    So does `memory`: tensors (N, ...) that sample() returns after its action and takes again in the next step, -1 where
+    an episode begins. A policy without memory returns none.
+    """
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         self.envs, self.args = envs, args
@@ -466,6 +470,7 @@ class Sampler:
         if not np.isfinite(self.obs).all():
             raise FloatingPointError(f"an observation or reward of {self.envs.unwrapped.spec.id} is not finite")
         self.discounted, self.returns, self.lengths = np.zeros((3, self.envs.num_envs))
+        self.memory = []
 
     @torch.no_grad()
     def rollout(self, agent: Agent) -> tuple[Rollout, list[tuple[float, int]]]:
@@ -473,7 +478,8 @@ class Sampler:
         args, columns, episodes = self.args, [], []
         noise = normal(args.num_steps, self.envs.num_envs, agent.actor.noise_dim, dim=1).to(args.device)
         for t in range(args.num_steps):
-            clipped, action = agent.actor.sample(torch.from_numpy(self.obs).to(args.device), noise[t])
+            obs = torch.from_numpy(self.obs).to(args.device)
+            clipped, action, *self.memory = agent.actor.sample(obs, noise[t], *self.memory)
             clipped, action = clipped.cpu().numpy(), action.cpu().numpy()
             if not np.isfinite(action).all():
                 raise FloatingPointError("the policy's action is not finite, the training has diverged")
@@ -487,6 +493,8 @@ class Sampler:
                 next_obs[i] = info["final_obs"][i]
                 episodes.append((self.returns[i], self.lengths[i]))
                 self.discounted[i] = self.returns[i] = self.lengths[i] = 0
+            for memory in self.memory:
+                memory[ended] = -1
             if not all(np.isfinite(x).all() for x in (obs, next_obs, reward)):  # the moments would never recover
                 raise FloatingPointError(f"an observation or reward of {self.envs.unwrapped.spec.id} is not finite")
             self.obs = obs
@@ -603,7 +611,7 @@ def evaluate(agent: Agent, env: Env, args: Args, step: int, policy: str, watch=l
     with torch.random.fork_rng([args.device] if args.device != "cpu" else []):
         torch.manual_seed(args.seed)
         for episode in range(args.eval_episodes):
-            (obs, _), done = env.reset(episode), False
+            (obs, _), done, agent.memory = env.reset(episode), False, []  # as that of Sampler
             while not (done or SIGNALS):
                 obs, _, terminated, truncated, info = env.step(agent.act(obs, policy))
                 done = terminated or truncated
@@ -771,7 +779,7 @@ SCRIPT, SIGNALS, OPEN = Path(__file__).stem, [], contextlib.ExitStack()  # Ctrl-
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None, "null": None}
 WORDS |= {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # in --env-id; 'on' in quotes is a string
 LIMITS = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, 1e12)}  # others: positive
-LIMITS["num_threads"] = (1, 4 * (os.cpu_count() or 1))
+LIMITS |= {"num_threads": (1, 4 * (os.cpu_count() or 1)), "high_ent_coef": (0, 1e12)}
 OLDER = {}  # flags that older files lack, and the values at which a script does what it did then
 
 
@@ -813,10 +821,12 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
     if args.num_threads is None:
         threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
         args.num_threads = int(threads) if threads.isdecimal() else 1
-    rows, k = args.num_envs * args.num_steps, getattr(args, "num_experts", 1)
+    limits = limits | {"high_epochs": (0, args.update_epochs - 1)}
+    rows, k = args.num_envs * args.num_steps, getattr(args, "num_experts", getattr(args, "num_options", 1))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     need = {"num_envs": args.num_envs * (3e7 if args.async_envs else 1e4)}  # at least: a process, or objects
-    need |= {"num_steps": 8192 * rows, "num_experts": 4 * rows * k * (k + 32)}  # hidden units; distances, densities
+    need |= {"num_steps": 8192 * rows}  # hidden units
+    need |= dict.fromkeys(("num_experts", "num_options"), 4 * rows * k * (k + 32))  # distances, densities
     for name, value in vars(args).items():
         with exit_on_error(f"--{name.replace('_', '-')} {value}", "see --help"):
             if saved and name not in free and value != saved["args"][name]:

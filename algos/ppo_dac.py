@@ -1,0 +1,952 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[mujoco]>=1.4,<2",
+#     "mujoco>=3.3,<4",
+#     "tyro>=1.0,<2",
+#     "tensorboard>=2.18,<3",
+#     "tqdm>=4.66,<5",
+#     "numpy>=2.0,<3",
+# ]
+# ///
+"""PPO of options by the double actor-critic (DAC): one policy chooses an option, the option acts, PPO improves both.
+
+Paper   Zhang and Whiteson 2019, "DAC: The Double Actor-Critic Architecture for Learning Options", arXiv 1904.12691.
+Policy  o ~ pi_H(o|o',s) = (1 - beta_o'(s)) 1[o = o'] + beta_o'(s) pi_W(o|s), where o' is the option of the step before,
+        and o ~ pi_W(o|s) at the first step of an episode; then a ~ pi_L(a|s,o) = N(mu_o(s), sigma_o^2). The environment
+        receives clip(a, -1, 1).
+
+Run       python algos/ppo_dac.py                                 # target-reaching
+          python algos/ppo_dac.py --env-id HalfCheetah-v5 --num-options 4 --total-timesteps 1000000
+          torchrun --nproc_per_node=2 algos/ppo_dac.py            # the environments split over two processes
+Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
+
+What differs from ppo.py, all of the paper:
+1. Two MDPs with the same rewards and discount. In the high one the state is (o', s), the action o, the policy pi_H; in
+   the low one the state is (s, o), the action a, the policy pi_L. One critic q(s, o) has the values of both:
+   v_H(o', s) = sum_o pi_H(o|o',s) q(s, o) and v_L(s, o) = q(s, o).
+2. A rollout gives each MDP its advantages. PPO learns one MDP, then the other, in random order; each has half of
+   --update-epochs. Only pi_H gets a bonus for its entropy.
+3. mu_o, beta_o, pi_W and q are networks of their own, and nothing is shared.
+The authors' code departs from the formulas in three places, and this script does not: it applies beta of the option to
+be chosen instead of beta of o', so its pi_H does not sum to 1; while learning it lets the first row of a minibatch
+alone stay with o', so the high ratio does not start at 1; and it takes log(p + 1e-5) of the density pi_L, which has
+nearly no gradient left if there are many action dimensions.
+Our choices:
+1. Where the rollout or, at a time limit, the episode ends, the option to come is not known. Both MDPs bootstrap from
+   its expectation, v_H(o, s').
+2. pi_H is held fixed in the loss of v_H: the critic's error is no reason to change options.
+3. pi_L, pi_H and q have an Adam and a clipping each. One for all would go on moving pi_H by its momentum while pi_L
+   learns, and the ratio of the second MDP would not start at 1. With --num-options 1 --high-epochs 0 this alone is not
+   ppo.py.
+4. All else is ppo.py's: mu has no tanh, advantages are normalised in each minibatch, the learning rate is annealed.
+5. Evaluation carries the option and forgets it with the episode. The deterministic policy takes the likeliest option,
+   argmax pi_H, and its mean; where beta < 1/2 it stays with one option. The policy of the gate draws o ~ pi_H and takes
+   its mean.
+Letters in shape comments: T steps, N environments, B batch, K options, O observation size, A action dimensions.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import platform
+import random
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+import zipfile
+from collections import namedtuple
+from datetime import timedelta
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.optim.adam import adam  # without the bookkeeping of step(), which takes longer than the arithmetic
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+@dataclasses.dataclass
+class Args:
+    env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10"  # id?arguments
+    seed: int = 1  # seed of everything random
+    total_timesteps: int = 200_000  # environment steps
+    run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
+    resume: str | None = None  # folder of a run to go on with; --total-timesteps can make it longer
+    evaluate: str | None = None  # folder of a run, or a policy's file, to evaluate instead of training
+    video: bool = False  # with --evaluate: also write a GIF beside it
+    eval_every: int = 20_000  # steps between evaluations, each at the end of a rollout
+    eval_episodes: int = 10  # episodes per evaluation
+    checkpoint_every: int | None = None  # steps between checkpoints, which end all episodes (default: see Run)
+    device: str = "cpu"  # cpu, cuda or cuda:N
+    num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 1)
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
+    num_envs: int = 8  # environments, those of all processes together
+    async_envs: bool = False  # each environment in a process of its own; pays if its step takes long
+    num_steps: int = 256  # steps of each environment per rollout
+    update_epochs: int = 10  # passes over a rollout
+    num_minibatches: int = 32  # updates per pass
+    learning_rate: float = 3e-4  # Adam's step size
+    anneal_lr: bool = True  # lowers it linearly to 0 over the run
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # lambda of the generalised advantage estimate
+    clip_coef: float = 0.2  # the ratio counts within 1 +- this
+    vf_coef: float = 0.5  # weight of the value loss
+    ent_coef: float = 0.0  # weight of the entropy bonus
+    max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
+    target_kl: float | None = None  # no further pass over a rollout once a pass has a mean KL divergence above this
+    # the options
+    num_options: int = 4  # K
+    high_epochs: int | None = None  # of the passes, those that learn pi_H (default: half); the others learn pi_L
+    high_ent_coef: float = 0.01  # weight of the entropy bonus of pi_H
+
+
+# T steps of N environments: obs and next_obs (T, N, O), where an episode ends its last; action (T, N, A + 2): unclipped,
+# then the former option, -1 at an episode's first step, and the option. (T, N): reward, terminated, done = terminated or
+# truncated, discounted = the episode's rewards, discounted by age.
+Rollout = namedtuple("Rollout", "obs action reward terminated done next_obs discounted")
+# Rows to learn from: obs (B, O), normalised; action (B, A), unclipped; former (B,) and option (B,); of the high and the
+# low MDP (B, 2), or of one (B,): log_prob when acting, advantage, target.
+Batch = namedtuple("Batch", "obs action former option log_prob advantage target")
+MDPS = ("high", "low")
+
+
+def orthogonal(gain: float, *shape: int) -> nn.Parameter:
+    """Weights (..., inputs, outputs), each matrix orthogonal times `gain`."""
+    weights = torch.empty(shape)
+    for matrix in weights.view(-1, *shape[-2:]):
+        nn.init.orthogonal_(matrix, gain)
+    return nn.Parameter(weights)
+
+
+class MLPs(nn.Module):
+    """`number` networks inputs-64-64-outputs with tanh as one batched network: weights have a leading `number`."""
+
+    def __init__(self, number: int, inputs: int, outputs: int, gain: float, hidden: int = 64):
+        super().__init__()
+        self.w1, self.b1 = orthogonal(2**0.5, number, inputs, hidden), nn.Parameter(torch.zeros(number, 1, hidden))
+        self.w2, self.b2 = orthogonal(2**0.5, number, hidden, hidden), nn.Parameter(torch.zeros(number, 1, hidden))
+        self.w3, self.b3 = orthogonal(gain, number, hidden, outputs), nn.Parameter(torch.zeros(number, 1, outputs))
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        """obs (B, inputs) -> (B, number, outputs)."""
+        x = torch.baddbmm(self.b1, obs.expand(len(self.w1), -1, -1), self.w1).tanh()
+        x = torch.baddbmm(self.b2, x, self.w2).tanh()
+        return torch.baddbmm(self.b3, x, self.w3).transpose(0, 1)
+
+
+def draw(log_w: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """log w (B, K), a uniform number in [0, 1] each (B,) -> k ~ w (B,), the first whose cumulated weight reaches it."""
+    return (uniform[:, None] > log_w.exp().cumsum(1)[:, :-1]).sum(1)
+
+
+def pick(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """x (B, K, A), k (B,) -> x[b, k_b] (B, A)."""
+    return x.gather(1, k.view(-1, 1, 1).expand(-1, 1, x.shape[2])).squeeze(1)
+
+
+def at(x: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """x (B, K), k (B,) -> x[b, k_b] (B,)."""
+    return x.gather(1, k[:, None]).squeeze(1)
+
+
+class Actor(nn.Module):
+    """Policies pi_H(o|o',s) of the options, pi_L(a|s,o) = N(mu_o(s), sigma_o^2) of the actions, and values q(s, o)."""
+
+    policies = ("deterministic", "gate")  # evaluated each time, the stochastic one only at the last three evaluations
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.noise_dim = action_dim + 1  # normal numbers that one action takes: the last one draws the option
+        self.normalize = Moments(obs_dim)
+        self.mean = MLPs(args.num_options, obs_dim, action_dim, gain=0.01)
+        self.log_std = nn.Parameter(torch.zeros(args.num_options, action_dim))
+        self.beta = MLPs(args.num_options, obs_dim, 1, gain=0.01)
+        self.gate = MLPs(1, obs_dim, args.num_options, gain=0.01)  # pi_W
+        self.q = MLPs(1, obs_dim, args.num_options, gain=1.0)
+
+    def forward(self, obs: torch.Tensor, former: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Normalised obs (B, O), former option as in high() -> mean (B, K, A), log pi_H (B, K), q (B, K)."""
+        return self.mean(obs), self.high(obs, former), self.q(obs).squeeze(1)
+
+    def high(self, obs: torch.Tensor, former: torch.Tensor | None = None) -> torch.Tensor:
+        """Normalised obs (B, O), former option (B,), -1 or None where there is none -> log pi_H(o|o',s) (B, K)."""
+        log_w = self.gate(obs).squeeze(1).log_softmax(1)
+        if former is None:
+            return log_w
+        beta, first = self.termination(obs, former)[:, None], former[:, None] < 0  # (B, 1)
+        stays = torch.arange(log_w.shape[1], device=obs.device) == former[:, None]  # (B, K)
+        stay = torch.where(stays, F.logsigmoid(-beta), -math.inf)  # log (1 - beta) 1[o = o']
+        return torch.where(first, log_w, torch.logaddexp(stay, F.logsigmoid(beta) + log_w))
+
+    def termination(self, obs: torch.Tensor, former: torch.Tensor) -> torch.Tensor:
+        """Normalised obs (B, O), former option (B,) -> logit of beta_o'(s) (B,), of any option where there was none."""
+        return at(self.beta(obs).squeeze(2), former.clamp(min=0))
+
+    def log_prob(self, mean: torch.Tensor, option: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+        """mean (B, K, A), option (B,), unclipped action (B, A) -> log pi_L(action|s,option) (B,)."""
+        log_std = pick(self.log_std.expand_as(mean), option)  # (B, A)
+        noise = (action - pick(mean, option)) * (-log_std).exp()
+        return -0.5 * noise.square().sum(1) - (log_std + 0.5 * math.log(2 * math.pi)).sum(1)
+
+    def entropy(self, option: torch.Tensor) -> torch.Tensor:
+        """Of pi_L, option (B,) -> () the mean."""
+        return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(1)[option].mean()
+
+    def sample(self, obs: torch.Tensor, noise=None, former: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Raw obs (B, O), standard normal noise (B, A + 1), former option (B,) as in high() -> a tuple.
+
+        Action (B, A) for the environment; unclipped action, former option and option (B, A + 2); option (B,).
+        """
+        obs = self.normalize(obs)
+        noise = torch.randn(len(obs), self.noise_dim, device=obs.device) if noise is None else noise
+        option = draw(self.high(obs, former), torch.special.ndtr(noise[:, -1]))  # ndtr of a normal number is uniform
+        action = pick(self.mean(obs), option) + self.log_std[option].exp() * noise[:, :-1]
+        former = torch.full_like(option, -1) if former is None else former
+        return action.clamp(-1, 1), torch.cat([action, former[:, None], option[:, None]], 1), option
+
+    def act(self, obs: torch.Tensor, policy: str, former: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Raw obs (B, O), former option (B,) -> action (B, A) for the environment, option (B,).
+
+        A sample (stochastic), or the mean of an option o ~ pi_H (gate) or of the likeliest one (deterministic).
+        """
+        if policy == "stochastic":
+            action, _, option = self.sample(obs, None, former)
+            return action, option
+        obs = self.normalize(obs)
+        log_pi = self.high(obs, former)
+        option = draw(log_pi, torch.rand(len(obs), device=obs.device)) if policy == "gate" else log_pi.argmax(1)
+        return pick(self.mean(obs), option).clamp(-1, 1), option
+
+    @torch.no_grad()
+    def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What is logged of the policy after learning: means over normalised obs (B, O)."""
+        mean = self.mean(obs).clamp(-1, 1)
+        # cdist's default is inexact for more than 25 options; the diagonal has to be 0
+        distance = torch.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist").mean()  # of (B, K, K)
+        return {
+            "policy/std": self.log_std.exp().mean(),
+            "moe/expert_distance": distance * (mean.shape[1] / max(mean.shape[1] - 1, 1)),
+        }
+
+    @torch.no_grad()
+    def usage(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What is logged of the options of a rollout."""
+        log_pi, later = self.high(batch.obs, batch.former), batch.former >= 0
+        beta = self.termination(batch.obs, batch.former).sigmoid()
+        counts = batch.option.bincount(minlength=log_pi.shape[1])
+        return {
+            "policy/entropy": self.entropy(batch.option),
+            "moe/gate_entropy": -(log_pi.exp() * log_pi).sum(1).mean(),
+            "options/beta": (beta * later).sum() / later.sum().clamp(min=1),
+            "options/length": len(later) / (batch.option != batch.former).sum().clamp(min=1),  # steps till another one
+            **{f"moe/usage_{k}": count / len(later) for k, count in enumerate(counts)},
+        }
+
+
+class Agent(nn.Module):
+    """Everything that learns: actor and critic, the scale of the rewards, and the Adam of pi_H, of pi_L and of q."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.actor = actor = Actor(obs_dim, action_dim, args)
+        self.return_moments = Moments()
+        self.memory = []  # of an evaluation: the former option
+        self.to(args.device)
+        low = nn.ParameterList([*actor.mean.parameters(), actor.log_std])
+        self.optimizers = [Adam(part, args) for part in (nn.ModuleList([actor.beta, actor.gate]), low, actor.q)]
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, policy: str) -> np.ndarray:
+        """One observation (O,) -> one action (A,), as Actor.act() has it. `memory` hands on the option."""
+        obs = torch.from_numpy(obs)[None].to(self.actor.log_std.device)
+        action, *self.memory = self.actor.act(obs, policy, *self.memory)
+        return action[0].cpu().numpy()
+
+
+def gae(reward, value, next_value, terminated, done, args: Args) -> torch.Tensor:
+    """Generalised advantage estimate, all (T, N). A time limit cuts the sum but keeps the value behind it."""
+    delta = reward + args.gamma * (1 - terminated) * next_value - value
+    decay = args.gamma * args.gae_lambda * (1 - done)
+    advantages, advantage = [], torch.zeros_like(delta[0])
+    for delta_t, decay_t in zip(delta.flip(0), decay.flip(0), strict=True):
+        advantage = torch.addcmul(delta_t, decay_t, advantage)  # A_t = delta_t + gamma lambda (1 - done_t) A_{t+1}
+        advantages.append(advantage)
+    return torch.stack(advantages).flip(0)
+
+
+@torch.no_grad()
+def prepare(agent: Agent, rollout: Rollout, args: Args) -> Batch:
+    """Normalises a rollout, estimates both MDPs' advantages, makes a batch of T N rows. Then the moments take it in."""
+    actor = agent.actor
+    obs, next_obs = (actor.normalize(x.flatten(0, 1)) for x in (rollout.obs, rollout.next_obs))
+    agent.return_moments.update(rollout.discounted.flatten())
+    reward = (rollout.reward * agent.return_moments.scale).clamp(-10, 10)
+    action, options = rollout.action.flatten(0, 1).tensor_split([-2], 1)
+    former, option = options.long().T
+    mean, log_pi, q = actor(obs, former)
+    _, next_log_pi, next_q = actor(next_obs, option)
+    high, next_high = ((p.exp() * x).sum(1).view_as(reward) for p, x in ((log_pi, q), (next_log_pi, next_q)))
+    low, ends = at(q, option).view_as(reward), rollout.done.bool()
+    ends[-1] = True  # elsewhere the low MDP's next state has the option of the next row
+    next_low = torch.where(ends, next_high, low.roll(-1, 0))
+    pairs = ((high, next_high), (low, next_low))
+    advantage = [gae(reward, value, next_value, rollout.terminated, rollout.done, args) for value, next_value in pairs]
+    advantage = torch.stack(advantage, 2).flatten(0, 1)  # (T N, 2)
+    target = advantage + torch.stack([high, low], 2).flatten(0, 1)
+    log_prob = torch.stack([at(log_pi, option), actor.log_prob(mean, option, action)], 1)
+    actor.normalize.update(rollout.obs.flatten(0, 1))
+    return Batch(obs, action, former, option, log_prob, advantage, target)
+
+
+def learn(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
+    """Improves pi_H, then pi_L, or the other way round. Returns what passes() returns of each, and diagnostics."""
+    number = args.update_epochs // 2 if args.high_epochs is None else args.high_epochs
+    numbers = [(i, number) for i, number in enumerate((number, args.update_epochs - number)) if number]
+    metrics = {}
+    for j in torch.randperm(len(numbers)).tolist():
+        i, number = numbers[j]
+        rows = (batch.log_prob[:, i], batch.advantage[:, i], batch.target[:, i])
+        metrics |= passes(agent, Batch(*batch[:4], *rows), args, MDPS[i], number)
+    return metrics | agent.actor.usage(batch)
+
+
+def passes(agent: Agent, batch: Batch, args: Args, mdp: str, number: int) -> dict[str, torch.Tensor]:
+    """Passes of updates on shuffled minibatches. Returns the means of what update() returns, and the KL divergence."""
+    metrics = []
+    for _ in range(number):
+        rows = torch.randperm(len(batch.obs)).view(args.num_minibatches, -1).to(args.device)
+        shuffled = Batch(*(x[rows] for x in batch))  # (minibatches, B, ...)
+        std, mean = torch.std_mean(shuffled.advantage, 1, keepdim=True)
+        shuffled = shuffled._replace(advantage=(shuffled.advantage - mean) / (std + 1e-8))
+        metrics += [update(agent, minibatch, args, mdp) for minibatch in split(shuffled)]
+        log_ratio = torch.stack([m.pop("log_ratio") for m in metrics[-args.num_minibatches :]])
+        kl = average((log_ratio.exp() - 1 - log_ratio).mean())  # estimate of KL(pi_old || pi) in this pass
+        if args.target_kl is not None and kl > args.target_kl:
+            break
+    clipped = average((log_ratio.exp() - 1).abs().gt(args.clip_coef).float().mean())
+    means = {key: torch.stack([m[key] for m in metrics]).mean(0) for key in metrics[0]}
+    means |= {"policy/kl": kl, "policy/clipped": clipped}
+    return means if mdp == "low" else {key.replace("/", "/high_"): value for key, value in means.items()}
+
+
+def update(agent: Agent, batch: Batch, args: Args, mdp: str) -> dict[str, torch.Tensor]:
+    """A gradient step on a minibatch of one MDP; no host synchronisation. Returns detached scalars, and log r (B,)."""
+    actor, q = agent.actor, agent.actor.q(batch.obs).squeeze(1)  # (B, K)
+    if mdp == "high":
+        log_pi = actor.high(batch.obs, batch.former)  # (B, K)
+        log_prob = at(log_pi, batch.option)
+        entropy, ent_coef = -(log_pi.exp() * log_pi).sum(1).mean(), args.high_ent_coef
+        value = (log_pi.detach().exp() * q).sum(1)  # v_H(o', s) (B,)
+    else:
+        log_prob = actor.log_prob(actor.mean(batch.obs), batch.option, batch.action)
+        entropy, ent_coef = actor.entropy(batch.option), args.ent_coef
+        value = at(q, batch.option)  # v_L(s, o) (B,)
+
+    # Actor: maximise E[min(r A, clip(r, 1 - eps, 1 + eps) A)], r = pi_H(o|o',s) or pi_L(a|s,o) over that when acting.
+    # Where r A is the smaller, the gradient is that of (r A) log pi with r A held fixed; elsewhere it is zero.
+    with torch.no_grad():
+        log_ratio = log_prob - batch.log_prob
+        ratio = log_ratio.exp()
+        gain = ratio * batch.advantage
+        bound = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef) * batch.advantage
+    actor_loss = (gain * (gain <= bound)).dot(log_prob) / -len(gain)
+    if ent_coef:
+        actor_loss -= ent_coef * entropy
+    agent.optimizers[MDPS.index(mdp)].descend(actor_loss)
+
+    # Critic: minimise E[(v - (A + v_old))^2] with v = v_H(o', s) or v_L(s, o)
+    critic_loss = F.mse_loss(value, batch.target)
+    agent.optimizers[2].descend(args.vf_coef * critic_loss)
+    return {
+        "losses/critic": critic_loss.detach(),
+        "losses/actor": -torch.min(gain, bound).mean(),
+        "log_ratio": log_ratio,
+    }
+
+
+def train(args: Args, saved: dict | None = None):
+    """Roll out, estimate advantages, learn; from the checkpoint `saved` on if there is one."""
+    torch.manual_seed(args.seed)
+    envs = make_envs(args)
+    agent = Agent(envs.single_observation_space.shape[0], envs.single_action_space.shape[0], args)
+    run, sampler = Run(args, saved, agent=agent), Sampler(envs, args)  # a checkpoint holds the agent
+    sampler.reset(run.step)
+    for step in run.steps():
+        if args.anneal_lr:
+            left = 1 - (step - args.num_envs * args.num_steps) / args.total_timesteps
+            for optimizer in agent.optimizers:
+                optimizer.param_groups[0]["lr"] = left * args.learning_rate
+        rollout, episodes = sampler.rollout(agent)
+        batch = prepare(agent, rollout, args)
+        metrics = learn(agent, batch, args) | agent.actor.diagnostics(batch.obs)
+
+        if episodes:
+            mean_return, mean_length = np.mean(episodes, axis=0)
+            run.log({"charts/episodic_return": mean_return, "charts/episodic_length": mean_length})
+        run.log(metrics | {"charts/learning_rate": agent.optimizers[0].param_groups[0]["lr"]})
+        if run.due(step, args.eval_every):
+            run.evaluate()
+        if run.due(step, args.checkpoint_every):
+            run.save()
+            sampler.reset(step)
+
+
+# ======================================================================================================================
+# That was the agent. The rest is the same in all PPO scripts: Adam, environments, evaluation, files, flags and errors.
+# ======================================================================================================================
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # process of torchrun, their number
+
+
+def average(x: torch.Tensor) -> torch.Tensor:
+    """Mean of `x` over the processes."""
+    if WORLD > 1:
+        torch.distributed.all_reduce(x)
+        x /= WORLD
+    return x
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """(T, N / WORLD, ...) of each process -> (T, N, ...)"""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x) for _ in range(WORLD)]
+    torch.distributed.all_gather(parts, x)
+    return torch.cat(parts, dim=1)
+
+
+def split(batch: Batch):
+    """(minibatches, B, ...) -> each minibatch, of which this process has its part (B / WORLD, ...)."""
+    return (Batch(*rows) for rows in zip(*(x.chunk(WORLD, 1)[RANK] for x in batch), strict=True))
+
+
+def normal(*shape: int, dim: int = 0, device: str | torch.device = "cpu") -> torch.Tensor:
+    """Standard normal numbers: of those that one process would draw for all, this process's part along `dim`."""
+    whole = [size * (WORLD if i == dim else 1) for i, size in enumerate(shape)]
+    return torch.randn(*whole, device=device).chunk(WORLD, dim)[RANK]
+
+
+class Moments(nn.Module):
+    """Mean and variance of all that it has been shown; calling it standardises, within 10 standard deviations."""
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
+        self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
+        self.register_buffer("shift", torch.zeros(shape))  # mean and 1 / std as forward() uses them
+        self.register_buffer("scale", torch.ones(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x - self.shift) * self.scale).clamp(-10, 10)
+
+    def update(self, x: torch.Tensor):
+        """Takes in x (B, *shape): mean and variance of the union of two sets (Chan et al. 1979)."""
+        x, n = x.double(), len(x)
+        total, delta = self.count + n, x.mean(0) - self.mean
+        self.var = (self.count * self.var + n * x.var(0, correction=0) + delta**2 * self.count * n / total) / total
+        self.mean, self.count = self.mean + delta * n / total, total
+        self.shift, self.scale = self.mean.float(), (self.var + 1e-8).rsqrt().float()
+
+
+class Adam(torch.optim.Adam):
+    """Adam of all weights of a module, which become views of one vector: one operation averages, clips or steps all."""
+
+    def __init__(self, module: nn.Module, args: Args):
+        self.weights, self.max_norm = list(module.parameters()), args.max_grad_norm
+        self.vector = torch.cat([w.detach().flatten() for w in self.weights])
+        for w, part in zip(self.weights, self.vector.split([w.numel() for w in self.weights]), strict=True):
+            w.data = part.view_as(w)
+        super().__init__([self.vector], lr=args.learning_rate, eps=1e-5, fused=True)
+        zeros = {"exp_avg": torch.zeros_like(self.vector), "exp_avg_sq": torch.zeros_like(self.vector)}
+        self.state[self.vector] |= {"step": torch.zeros((), device=self.vector.device)} | zeros
+
+    def descend(self, loss: torch.Tensor):
+        """One step, by the gradient averaged over the processes and then shortened to its largest norm."""
+        gradient = average(torch.cat([g.flatten() for g in torch.autograd.grad(loss, self.weights)]))
+        gradient /= torch.linalg.vector_norm(gradient).div_(self.max_norm).clamp_(min=1)
+        state, settings = self.state[self.vector], {key: self.param_groups[0][key] for key in ("lr", "eps", "fused")}
+        settings |= {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "amsgrad": False, "maximize": False}
+        adam([self.vector], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], **settings)
+
+
+class Sampler:
+    """Steps this process's environments by the policy; each one's observation and return last till reset().
+
+    So does `memory`: tensors (N, ...) that sample() returns after its action and takes again in the next step, -1 where
+    an episode begins. A policy without memory returns none.
+    """
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+        self.envs, self.args = envs, args
+
+    def reset(self, step: int):
+        """New episodes everywhere, each environment with a seed made from the run's seed and the step."""
+        first = step // self.args.num_steps + RANK * self.envs.num_envs  # one number per environment and rollout
+        seeds = [(self.args.seed * 100_003 + first + i) % 2**30 for i in range(self.envs.num_envs)]
+        random.seed(seeds[0])  # some environments draw from the global generators
+        np.random.seed(seeds[0])
+        self.obs = np.array(self.envs.reset(seed=seeds)[0], np.float32)
+        if not np.isfinite(self.obs).all():
+            raise FloatingPointError(f"an observation or reward of {self.envs.unwrapped.spec.id} is not finite")
+        self.discounted, self.returns, self.lengths = np.zeros((3, self.envs.num_envs))
+        self.memory = []
+
+    @torch.no_grad()
+    def rollout(self, agent: Agent) -> tuple[Rollout, list[tuple[float, int]]]:
+        """T steps of all N environments, and return and length of each episode of this process that ended in them."""
+        args, columns, episodes = self.args, [], []
+        noise = normal(args.num_steps, self.envs.num_envs, agent.actor.noise_dim, dim=1).to(args.device)
+        for t in range(args.num_steps):
+            obs = torch.from_numpy(self.obs).to(args.device)
+            clipped, action, *self.memory = agent.actor.sample(obs, noise[t], *self.memory)
+            clipped, action = clipped.cpu().numpy(), action.cpu().numpy()
+            if not np.isfinite(action).all():
+                raise FloatingPointError("the policy's action is not finite, the training has diverged")
+            obs, reward, terminated, truncated, info = self.envs.step(clipped)
+            obs, reward, done = np.array(obs, np.float32), np.reshape(reward, len(obs)), terminated | truncated
+            next_obs, ended = obs.copy() if done.any() else obs, np.flatnonzero(done)
+            self.discounted, self.returns = self.discounted * args.gamma + reward, self.returns + reward
+            self.lengths += 1
+            columns.append((self.obs, action, reward, terminated, done, next_obs, self.discounted.copy()))
+            for i in ended:
+                next_obs[i] = info["final_obs"][i]
+                episodes.append((self.returns[i], self.lengths[i]))
+                self.discounted[i] = self.returns[i] = self.lengths[i] = 0
+            for memory in self.memory:
+                memory[ended] = -1
+            if not all(np.isfinite(x).all() for x in (obs, next_obs, reward)):  # the moments would never recover
+                raise FloatingPointError(f"an observation or reward of {self.envs.unwrapped.spec.id} is not finite")
+            self.obs = obs
+        columns = (np.stack(column).astype(np.float32) for column in zip(*columns, strict=True))
+        return Rollout(*(gather(torch.from_numpy(column).to(args.device)) for column in columns)), episodes
+
+
+class Bare(gym.Wrapper):
+    """One environment of several. Drops info, which takes time to collect; an answer may have any shape that fits."""
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None):
+        if seed is not None:  # the global generators, with --async-envs of a process of its own
+            random.seed(seed)
+            np.random.seed(seed)
+        return np.array(self.env.reset(seed=seed)[0]).reshape(self.observation_space.shape), {}
+
+    def step(self, action):
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        obs = np.array(obs).reshape(self.observation_space.shape)  # a copy: some environments change theirs in place
+        return obs, np.asarray(reward, float).item(), bool(terminated), bool(truncated), {}
+
+
+def make_envs(args: Args) -> gym.vector.VectorEnv:
+    """This process's share of the environments, actions in [-1, 1]^A; one that ends starts anew in the same step."""
+    spec = Env(args).spec
+    spec.additional_wrappers, spec.disable_env_checker = gym.spec(spec.id).additional_wrappers, True  # as registered
+    count, mode = args.num_envs // WORLD, gym.vector.AutoresetMode.SAME_STEP
+    vectorised = spec.vector_entry_point and not spec.additional_wrappers and not args.async_envs
+    envs = gym.make_vec(spec, count) if vectorised else None
+    if envs is None or envs.metadata.get("autoreset_mode") != mode:
+        kind = "async" if args.async_envs else "sync"
+        interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the processes of --async-envs: it is not theirs
+        envs = gym.make_vec(spec, count, kind, wrappers=[Bare], vector_kwargs={"autoreset_mode": mode})
+        signal.signal(signal.SIGINT, interrupt)
+
+    @OPEN.push
+    def close(_, error, __):  # if the process of an environment has died, envs.close() would wait for it
+        if args.async_envs and isinstance(error, (EOFError, ConnectionError)):
+            for process in envs.unwrapped.processes:
+                process.kill()
+            envs.unwrapped.closed = True
+            raise OSError("a process of --async-envs has ended") from error
+        envs.close()
+
+    low, high, one = envs.action_space.low, envs.action_space.high, envs.action_space.dtype.type(1)
+    envs = gym.wrappers.vector.TransformAction(envs, lambda actions: actions.clip(low, high))  # rounding
+    return gym.wrappers.vector.RescaleAction(envs, -one, one)
+
+
+class Env(gym.Wrapper):
+    """`id?key=value&key=value` with float32 observations and actions in [-1, 1]^A. Each episode has its own seed."""
+
+    def __init__(self, args: Args, evaluation: bool = False, **kwargs):
+        self.first_seed, self.half = args.seed * 100_003, 2**30 * evaluation  # evaluation: upper half of int32
+        name, _, query = args.env_id.partition("?")
+        remedy = "see gymnasium.pprint_registry(), write id?name=value&name=value; moe_envs comes by pip install -e ."
+        with exit_on_error(f"--env-id {args.env_id}", remedy):
+            for key, _, value in (pair.partition("=") for pair in query.split("&") if pair):
+                kwargs[key] = WORDS.get(value.lower(), value)
+                with contextlib.suppress(ValueError, SyntaxError):  # another word stays a string
+                    kwargs[key] = ast.literal_eval(value)
+            env = layer = gym.make(name, **kwargs)
+            while isinstance(layer, gym.Wrapper):
+                if type(layer).__name__ in ("NormalizeObservation", "NormalizeReward"):
+                    raise ValueError(f"{type(layer).__name__} changes from episode to episode; register it without")
+                layer = layer.env
+            if (env.spec.max_episode_steps or 0) <= 0:
+                raise ValueError(f"has no time limit, an evaluation may never end; give {name}?max_episode_steps=1000")
+            for space in (env.observation_space, env.action_space):
+                if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                    raise ValueError(f"needs flat Box spaces, such as Pendulum-v1's, not {space}")
+            widths = [float(high) - float(low) for low, high in zip(space.low, space.high, strict=True)]
+            if space.dtype.kind != "f" or not all(0 < x < float(np.finfo(space.dtype).max) for x in widths):
+                raise ValueError(f"needs real-valued actions with finite bounds, low < high, not {space}")
+            one = space.dtype.type(1)
+            env = gym.wrappers.TransformAction(env, lambda a: a.clip(space.low, space.high), space)  # rounding
+            super().__init__(gym.wrappers.RescaleAction(env, -one, one))
+            OPEN.callback(self.close)
+            self.reset(0)
+            self.step(self.action_space.low)  # an argument of a wrong kind may show only now
+            self.reset(0)
+
+    def reset(self, episode: int = 0):
+        """The episode with this number."""
+        self.rewards, self.success_once = [], math.nan
+        seed = self.half + (self.first_seed + episode) % 2**30
+        random.seed(seed)  # some environments draw from the global generators
+        np.random.seed(seed)
+        return self.check(*self.env.reset(seed=seed))
+
+    def step(self, action: np.ndarray):
+        if not np.isfinite(action).all():
+            raise FloatingPointError("the policy's action is not finite, the training has diverged")
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.rewards.append(np.asarray(reward, float).item())  # of any shape that has one value
+        obs, info = self.check(obs, info)
+        if terminated or truncated:
+            info["episode"] = {"r": math.fsum(self.rewards), "l": len(self.rewards)}
+        return obs, self.rewards[-1], bool(terminated), bool(truncated), info
+
+    def check(self, obs, info: dict) -> tuple[np.ndarray, dict]:
+        """A copy of the observation, which some environments change in place; info with success as a number."""
+        self.obs = np.array(obs, np.float32).reshape(self.observation_space.shape)
+        if not (np.isfinite(self.obs).all() and np.isfinite(self.rewards[-1:]).all()):
+            raise FloatingPointError(f"an observation or reward of {self.spec.id} is not finite")
+        success = math.nan if info.get("success") is None else np.asarray(info["success"], float).item()
+        self.success_once = np.fmax(self.success_once, success)
+        return self.obs, info | {"success": success, "success_once": float(self.success_once)}
+
+
+def evaluate(agent: Agent, env: Env, args: Args, step: int, policy: str, watch=lambda: None) -> dict:
+    """A row of eval.csv: raw returns of episodes with seeds of their own; training's random states stay as they are."""
+    results, states = [], (random.getstate(), np.random.get_state())
+    with torch.random.fork_rng([args.device] if args.device != "cpu" else []):
+        torch.manual_seed(args.seed)
+        for episode in range(args.eval_episodes):
+            (obs, _), done, agent.memory = env.reset(episode), False, []  # as that of Sampler
+            while not (done or SIGNALS):
+                obs, _, terminated, truncated, info = env.step(agent.act(obs, policy))
+                done = terminated or truncated
+                watch()
+            if SIGNALS:
+                return {}
+            results.append((*info["episode"].values(), info["success"], info["success_once"]))
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    values, std = (f(results, axis=0).round(4).tolist() for f in (np.mean, np.std))
+    row = {"global_step": step, "policy": policy, "episodes": args.eval_episodes, "return": values[0]}
+    return row | {"return_std": std[0]} | dict(zip(("length", "success", "success_once"), values[1:], strict=True))
+
+
+class Run:
+    """A training and its folder. A checkpoint is `info`, which run.json has as well, and the state of all parts."""
+
+    def __init__(self, args: Args, saved: dict | None, agent: Agent, **parts):
+        self.args, self.agent, self.eval_env = args, agent, Env(args, evaluation=True)
+        self.step, self.eval_rows, self.owed = 0, [], False  # owed: an evaluation that a signal cut short
+        self.size = args.num_envs * args.num_steps  # steps of a rollout
+        if args.checkpoint_every is None:  # ten times in the run, but ten whole episodes of each environment apart
+            episodes = 10 * args.num_envs * self.eval_env.spec.max_episode_steps
+            args.checkpoint_every = math.ceil(min(args.total_timesteps / 10, max(100_000, episodes)))
+        self.parts = {"agent": agent} | parts | {f"optimizer_{i}": x for i, x in enumerate(agent.optimizers)}
+        self.info = describe(args) | {"wall_time": 0.0, "resumed": []}
+        gpu = [] if args.device == "cpu" else [torch.cuda.default_generators[agent.actor.log_std.get_device()]]
+        self.folder, self.rngs = Path(args.run_dir), [torch.default_generator, *gpu]
+        if saved:
+            with exit_on_error(f"--resume {self.folder}", "checkpoint.pt is damaged or of another run"):
+                for name, part in self.parts.items():
+                    part.load_state_dict(saved.pop(name))
+                for rng, state in zip(self.rngs, saved["rng"], strict=True):
+                    rng.set_state(state)
+                self.step = saved["global_step"]
+                now, self.info = {"global_step": self.step} | self.info, {key: saved[key] for key in self.info}
+                self.info["resumed"].append(now)  # of its evaluations a longer run keeps those that it has as well:
+                self.eval_rows = [r for r in saved["eval_rows"] if r["policy"] in self.policies(r["global_step"])]
+        self.first = self.step, time.perf_counter()  # of this process, for steps per second
+        self.started = self.first[1] - self.info["wall_time"]
+        if RANK > 0:  # of several processes only the first logs, evaluates and saves
+            self.log = self.evaluate = self.save = lambda *_: None
+            return
+        with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that no other process uses"):
+            str(self.folder).encode()
+            if not saved and (self.folder / "checkpoint.pt").exists():
+                raise ValueError("holds a run; go on with it by --resume")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            OPEN.callback(os.close, folder := os.open(self.folder, os.O_RDONLY))
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while another process is at work there
+        self.save()
+        # what fails in TensorBoard's own thread is raised again by the next add_scalar()
+        threading.excepthook = lambda x: None if issubclass(x.exc_type, OSError) else threading.__excepthook__(x)
+        self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
+        OPEN.callback(self.writer.close)
+        print(f"{SCRIPT}.py: a checkpoint every {args.checkpoint_every} steps ends episodes; {self.folder}", flush=True)
+
+    def steps(self):
+        """The ends of the rollouts that are left. Ctrl-C and SIGTERM end them after a whole one."""
+        self.bar = tqdm(initial=self.step, total=self.args.total_timesteps, disable=RANK > 0 or None, unit="step")
+        while self.step < self.args.total_timesteps:
+            self.step += self.size
+            yield self.step
+            self.bar.update(self.size)
+            if average(torch.tensor(float(len(SIGNALS)), device=self.args.device)) > 0:  # in one of the processes
+                self.bar.close()
+                number, saved = signal.Signals([*SIGNALS, signal.SIGTERM][0]), self.info.get("global_step")
+                if RANK == 0:
+                    print(f"{SCRIPT}.py: {number.name}, step {saved} is saved; --resume {self.folder}", file=sys.stderr)
+                raise SystemExit(128 + number)
+        self.bar.close()
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether the rollout that ends at `step` has passed a multiple of `every`, or is the last."""
+        return step // every > (step - self.size) // every or step >= self.args.total_timesteps
+
+    def log(self, metrics: dict) -> float:
+        """Writes curves for TensorBoard. Returns the environment steps per second of this process."""
+        speed = (self.step - self.first[0]) / (time.perf_counter() - self.first[1])
+        for key, value in (metrics | {"charts/SPS": speed}).items():
+            self.writer.add_scalar(key, value, self.step)
+        if "charts/episodic_return" in metrics:
+            self.bar.set_postfix_str(f"return {metrics['charts/episodic_return']:.1f}", refresh=False)
+        return speed
+
+    def policies(self, step: int) -> tuple[str, ...]:
+        """The policies that are evaluated after this step: at the last three evaluations the stochastic one as well."""
+        ends = range(self.size, self.args.total_timesteps + self.size, self.size)  # of all rollouts
+        evaluated = [end for end in ends if self.due(end, self.args.eval_every)]
+        return (Actor.policies + ("stochastic",) * (step in evaluated[-3:])) * (step in evaluated)
+
+    def evaluate(self):
+        """Adds rows to eval.csv."""
+        rows = [evaluate(self.agent, self.eval_env, self.args, self.step, p) for p in self.policies(self.step)]
+        self.owed = bool(SIGNALS)
+        if self.owed or not rows:
+            return
+        for row in rows:
+            known = {key: row[key] for key in ("return", "success") if math.isfinite(row[key])}  # few know success
+            if row["success_once"] > row["success"]:  # success counts at the end of an episode, here at any step
+                known["success_once"] = row["success_once"]
+            suffix = "" if row["policy"] == "deterministic" else f"_{row['policy']}"
+            speed = self.log({f"eval/{key}{suffix}": value for key, value in known.items()})
+            text = "".join(f" {key} {value:.2f}," for key, value in known.items())
+            self.bar.write(f"step {self.step}/{self.args.total_timesteps}: {row['policy']}{text} {speed:.0f} steps/s")
+        sys.stdout.flush()  # it may be a file
+        self.eval_rows += rows
+        table = [rows[0], *(row.values() for row in self.eval_rows)]  # no time: equal runs, equal files
+        write(self.folder / "eval.csv", "".join(",".join(map(str, row)) + "\n" for row in table).encode())
+
+    def save(self):
+        """Writes checkpoint.pt, model.pt, run.json and, at the end, policy.pt, unless the training has diverged."""
+        if self.owed:  # resume makes it again, from the last checkpoint, which therefore stands
+            return
+        wall_time = time.perf_counter() - self.started
+        self.info |= {"args": dataclasses.asdict(self.args), "global_step": self.step}
+        self.info |= {"wall_time": wall_time, "steps_per_second": self.step / wall_time}
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        if not all(x.isfinite().all() for x in state["agent"].values()):
+            raise FloatingPointError("a weight is not finite, the training has diverged")
+        state |= {"eval_rows": self.eval_rows, "rng": [rng.get_state() for rng in self.rngs]}
+        write(self.folder / "checkpoint.pt", self.info | state)
+        write(self.folder / "model.pt", self.info | {"agent": state["agent"]})
+        if self.step >= self.args.total_timesteps:
+            actor = {key: value for key, value in state["agent"].items() if key.startswith("actor.")}
+            write(self.folder / "policy.pt", self.info | {"agent": actor})
+        write(self.folder / "run.json", json.dumps(self.info, indent=1).encode())
+
+
+def describe(args: Args) -> dict:
+    """What one must know to repeat the run: for run.json."""
+    file = shlex.quote(Path(__file__).name)  # one that git does not track has no commit
+    git = f"git ls-files --error-unmatch {file} >/dev/null && git describe --always --dirty --abbrev=40 --exclude '*'"
+    error, commit = subprocess.getstatusoutput(f"cd {shlex.quote(str(Path(__file__).parent))} && {git}")
+    modules = {name: sys.modules.get(name) for name in ("gymnasium", "mujoco", "numpy", "torch")}
+    versions = {"python": platform.python_version()} | {k: str(m.__version__) for k, m in modules.items() if m}
+    chip = torch.backends.cpu.get_cpu_capability() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
+    return {
+        "script": SCRIPT,
+        "command": shlex.join(["python", *sys.argv]),
+        "args": dataclasses.asdict(args),
+        "commit": None if error else commit.removesuffix("-dirty"),
+        "dirty": None if error else commit.endswith("-dirty"),
+        "versions": versions,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {chip}",
+        "processes": WORLD,
+    }
+
+
+def write(path: Path, data: bytes | dict):
+    """Writes a file whole or not at all, a dict by torch.save."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(data, file) if isinstance(data, dict) else file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+        temporary.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}, is the disk full? {error}") from error
+
+
+SCRIPT, SIGNALS, OPEN = Path(__file__).stem, [], contextlib.ExitStack()  # Ctrl-C or SIGTERM; what main() closes
+WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False, "none": None, "null": None}
+WORDS |= {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # in --env-id; 'on' in quotes is a string
+LIMITS = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, 1e12)}  # others: positive
+LIMITS |= {"num_threads": (1, 4 * (os.cpu_count() or 1)), "high_ent_coef": (0, 1e12)}
+OLDER = {}  # flags that older files lack, and the values at which a script does what it did then
+
+
+@contextlib.contextmanager
+def exit_on_error(what: str, remedy: str, code: int = 2, errors=Exception):
+    """Tells whatever fails inside in one line, and ends the script."""
+    try:
+        yield
+    except errors as error:
+        reason, frame = str(error).strip().split("\n")[0], traceback.extract_tb(error.__traceback__)[-1]
+        ours = frame.filename == __file__ and isinstance(error, (ValueError, FloatingPointError, OSError))
+        if not ours and not isinstance(error, gym.error.Error):
+            reason = f"{type(error).__name__} {reason} ({frame.filename}:{frame.lineno})"
+        tqdm.write(f"{SCRIPT}.py: {what}: {reason}; {remedy}", file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
+    """Arguments and, where a run is resumed or evaluated, what it saved. Exits where a flag cannot work."""
+    args, saved, limits = tyro.cli(Args, args=argv, description=__doc__), None, LIMITS
+    option, file, free = "resume", "checkpoint.pt", {"resume", "total_timesteps"}
+    if args.evaluate is not None:
+        option, file, free = "evaluate", "model.pt", {"evaluate", "video", "eval_episodes", "device", "num_threads"}
+    given = getattr(args, option)
+    if given is not None:
+        path = Path(given) if option == "evaluate" and Path(given).is_file() else Path(given) / file
+        with exit_on_error(f"--{option} {given}", f"give the folder of a run of this script; it has {file}"):
+            if zipfile.ZipFile(path).testzip():  # torch.load does not look at the checksums
+                raise ValueError("the file is damaged")
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+            if saved["script"] != SCRIPT:
+                raise ValueError(f"was made by {saved['script']}.py, use that script")
+            saved["args"] = {k: v for k, v in OLDER.items() if k in vars(args)} | saved["args"]
+            if saved["args"].keys() != vars(args).keys():
+                raise ValueError(f"the script was another then, at commit {saved['commit']}")
+            done = min(int(saved["global_step"]), saved["args"]["total_timesteps"])  # its last rollout may pass the end
+            limits = LIMITS | {"total_timesteps": (done, 1e12)}
+            args = tyro.cli(Args, args=argv, default=Args(**saved["args"]))  # flags that are not given are the run's
+    if args.num_threads is None:
+        threads = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
+        args.num_threads = int(threads) if threads.isdecimal() else 1
+    limits = limits | {"high_epochs": (0, args.update_epochs - 1)}
+    rows, k = args.num_envs * args.num_steps, getattr(args, "num_experts", getattr(args, "num_options", 1))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    need = {"num_envs": args.num_envs * (3e7 if args.async_envs else 1e4)}  # at least: a process, or objects
+    need |= {"num_steps": 8192 * rows}  # hidden units
+    need |= dict.fromkeys(("num_experts", "num_options"), 4 * rows * k * (k + 32))  # distances, densities
+    for name, value in vars(args).items():
+        with exit_on_error(f"--{name.replace('_', '-')} {value}", "see --help"):
+            if saved and name not in free and value != saved["args"][name]:
+                raise ValueError(f"cannot change, the run has {saved['args'][name]}")
+            low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
+            if type(value) in (int, float) and not low <= value <= high:
+                raise ValueError(f"must lie between {low:g} and {high:g}")
+            if args.evaluate is None and need.get(name, 0) > memory:
+                raise ValueError(f"would take {need[name] / 1e9:.0f} GB, the machine has {memory / 1e9:.0f} GB")
+            if name == "num_envs" and value % WORLD:
+                raise ValueError(f"must be a multiple of the {WORLD} processes of torchrun")
+            if name == "num_minibatches" and (rows % (value * WORLD) or rows < 2 * value):
+                raise ValueError(f"needs {value * WORLD} equal parts of {rows} steps, each of 2 or more; change it")
+            if name == "video" and value and args.evaluate is None:
+                raise ValueError("goes with --evaluate")
+    with exit_on_error(f"--device {args.device}", "--device cpu always works"):
+        if WORLD > 1 and args.device not in ("cpu", "cuda"):
+            raise ValueError(f"each of the {WORLD} processes takes a GPU of its own by --device cuda")
+        if WORLD > 1 and args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.zeros(1, device=args.device).item()
+    if WORLD > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group(timeout=timedelta(days=1))  # the others wait for an evaluation
+    sys.path += [os.getcwd()]  # for --env-id module:Id
+    torch.set_num_threads(args.num_threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
+    return args, saved
+
+
+def evaluate_run(args: Args, saved: dict):
+    """Prints the evaluation of a saved policy as JSON and writes it, and with --video a GIF, beside the policy."""
+    env, path = Env(args, evaluation=True), Path(args.evaluate)
+    agent = Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
+    with exit_on_error(f"--evaluate {path}", "the file is damaged or of another run"):
+        state = {key.removeprefix("actor."): x for key, x in saved["agent"].items() if key.startswith("actor.")}
+        agent.actor.load_state_dict(state)
+    rows = [evaluate(agent, env, args, saved["global_step"], p) for p in (*Actor.policies, "stochastic")]
+    if SIGNALS:
+        raise SystemExit(128 + SIGNALS[0])
+    text = json.dumps({row["policy"]: row for row in rows}, indent=1).replace("NaN", "null")
+    print(text)
+    write(path / "evaluation.json" if path.is_dir() else path.with_suffix(".json"), text.encode())
+    if args.video:
+        gif = path / "video.gif" if path.is_dir() else path.with_suffix(".gif")
+        with exit_on_error("--video", "without a display, MuJoCo wants MUJOCO_GL=egl"):
+            import imageio  # comes with gymnasium[mujoco]
+
+            env, frames = Env(args, evaluation=True, render_mode="rgb_array"), []
+            fps = env.metadata.get("render_fps", 30)  # a GIF counts in 10 ms, and browsers show less than 20 ms as 100
+            strides = range(-(-fps // 50), fps // 10 + 2)
+            stride = min(strides, key=lambda s: abs(100 * s / fps - round(100 * s / fps)) / s)
+
+            def watch():
+                if len(env.rewards) % stride == 0 and len(frames) < 500:  # everything would take gigabytes
+                    frames.append(env.render()[::2, ::2])
+
+            evaluate(agent, env, dataclasses.replace(args, eval_episodes=1), 0, Actor.policies[-1], watch)
+            imageio.mimsave(gif, frames, duration=10 * round(100 * stride / fps), loop=0)
+        print(f"one episode, policy {Actor.policies[-1]}: {gif}")
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Trains, resumes or evaluates as the flags say, those of the command line by default; returns the run's folder."""
+    SIGNALS.clear()
+    if __name__ == "__main__":  # a signal ends the run after its step, a second one at once; in a notebook not ours
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda n, _: (SIGNALS.append(n), signal.signal(n, signal.SIG_DFL)))
+    args, saved = parse(argv)
+    now = time.strftime("%Y%m%d-%H%M%S") if RANK == 0 else "TIME"  # the others do not know when the first began
+    name = f"{args.env_id.split(':')[-1]}__{SCRIPT}__s{args.seed}__{now}"
+    default = "runs/" + name.translate(str.maketrans("?&=/", "----"))
+    folder = args.evaluate or args.resume or args.run_dir or default
+    peers = exit_on_error("a process has failed", f"--resume {folder} goes on", 1, (RuntimeError,) * (WORLD > 1))
+    with exit_on_error("stopped", f"--resume {folder} goes on", 1, (OSError, FloatingPointError)), peers, OPEN:
+        if args.evaluate is not None:
+            evaluate_run(args, saved)
+        else:
+            train(dataclasses.replace(args, run_dir=folder, resume=None), saved)
+            if RANK == 0:
+                print(f"{SCRIPT}.py: finished; run folder {folder}")
+            if WORLD > 1:  # not where a process has failed: it may wait for the others, who wait for that one
+                torch.distributed.destroy_process_group()
+    return Path(folder)
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a folder's name may have letters that the terminal lacks
+    main()
