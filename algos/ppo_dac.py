@@ -115,9 +115,9 @@ class Args:
     high_ent_coef: float = 0.01  # weight of the entropy bonus of pi_H
 
 
-# T steps of N environments: obs and next_obs (T, N, O), where an episode ends its last; action (T, N, A + 2): unclipped,
-# then the former option, -1 at an episode's first step, and the option. (T, N): reward, terminated, done = terminated or
-# truncated, discounted = the episode's rewards, discounted by age.
+# T steps of N environments: obs and next_obs (T, N, O), where an episode ends its last; action (T, N, A + 2), which is
+# the unclipped action, the former option, -1 at an episode's first step, and the option; (T, N): reward, terminated,
+# done = terminated or truncated, discounted = the episode's rewards, discounted by age.
 Rollout = namedtuple("Rollout", "obs action reward terminated done next_obs discounted")
 # Rows to learn from: obs (B, O), normalised; action (B, A), unclipped; former (B,) and option (B,); of the high and the
 # low MDP (B, 2), or of one (B,): log_prob when acting, advantage, target.

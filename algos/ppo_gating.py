@@ -30,7 +30,7 @@ What differs from ppo.py is the actor, and how sure each choice is:
 2. One draw for all experts (ours): independent draws, averaged, would shrink sigma, down to sigma / sqrt(K).
 3. Gate and experts learn by PPO's own gradient through mu and sigma; the gate is not detached (as in ActorMoE).
 4. Four experts; the gate is linear in the normalised observation, its gain 0.01: as in ppo_pmoe.py (ours).
-With one expert this is ppo.py.
+With one expert this is ppo.py, bit for bit.
 Letters in shape comments: T steps, N environments, B batch, K experts, O observation size, A action dimensions, H
 hidden units.
 """
@@ -154,14 +154,16 @@ class Actor(nn.Module):
         self.normalize = Moments(obs_dim)
         self.trunks = Trunks(obs_dim)
         self.mean, self.value = Head(64, args.num_experts * action_dim, gain=0.01), Head(64, 1, gain=1.0)
-        self.log_std = nn.Parameter(torch.zeros(self.shape if args.std == "state" else action_dim))
-        self.gate = Head(obs_dim, args.num_experts, gain=0.01)
+        several = args.num_experts > 1  # one has no gate, and then this is ppo.py bit for bit
+        self.log_std = nn.Parameter(torch.zeros(self.shape if several and args.std == "state" else action_dim))
+        self.gate = Head(obs_dim, args.num_experts, gain=0.01) if several else None
 
     def experts(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Normalised obs (B, O) -> mean (B, K, A), log sigma (K, A) or shared (A,), log w (B, K), value (B,)."""
         actor, critic = self.trunks(obs)  # (B, H) each
         mean, value = self.mean(actor).view(-1, *self.shape), self.value(critic).squeeze(1)
-        return mean, self.log_std, self.gate(obs).log_softmax(1), value
+        log_w = self.gate(obs).log_softmax(1) if self.gate else torch.zeros_like(mean[:, :, 0])
+        return mean, self.log_std, log_w, value
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Normalised obs (B, O) -> mean sum_k w_k mu_k (B, A), log of sigma = sum_k w_k sigma_k (B, A), value (B,)."""

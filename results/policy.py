@@ -63,29 +63,39 @@ class Gaussians(NamedTuple):
 
 @torch.no_grad()
 def gaussians(actor: nn.Module, obs: torch.Tensor) -> Gaussians:
-    """The policy at obs (B, O). The one place here that knows what the actors of the scripts return."""
-    squashed = not hasattr(actor, "normalize")
-    if squashed:  # SAC: mean, log std and, where there is a gate, its weights
+    """The policy at obs (B, O), with options as an episode begins. Only this knows what the scripts' actors return."""
+    squashed, averages = not hasattr(actor, "normalize"), hasattr(actor, "experts")
+    if squashed:  # SAC: mean, log std and, of a mixture, weights or their logarithms
         mean, log_std, *gate = actor(obs)
-    else:  # PPO: mean, log weights where there is a gate, value; one standard deviation for all states
+    elif averages:  # PPO of one Gaussian from several: mean, log std, value
+        mean, log_std, _ = actor(actor.normalize(obs))
+    else:  # PPO: mean, of a mixture log weights, value; one standard deviation for all states
         mean, *gate, _ = actor(actor.normalize(obs))
-        log_std, gate = actor.log_std.expand_as(mean), [log_w.exp() for log_w in gate]
-    gate = gate[0] if gate else None
+        log_std = actor.log_std.expand_as(mean)
+    gate = experts(actor, obs).w if averages else weights(*gate) if gate else None
     if mean.ndim == 2:
-        return Gaussians(torch.ones(len(mean), 1), mean[:, None], log_std.exp()[:, None], gate, squashed)
+        std = log_std.exp().expand_as(mean)
+        return Gaussians(torch.ones(len(mean), 1), mean[:, None], std[:, None], gate, squashed)
     return Gaussians(gate, mean, log_std.exp(), gate, squashed)
+
+
+def weights(w: torch.Tensor) -> torch.Tensor:
+    """Weights (B, K) as they are, or from their logarithms, of which none is positive."""
+    return w if (w > 0).any() else w.exp()
 
 
 @torch.no_grad()
 def experts(actor: nn.Module, obs: torch.Tensor) -> Gaussians:
     """What every expert would do at obs (B, O), also where a gate averages them before it acts.
 
-    Such an actor has a method experts(obs) -> mean (B, K, A), log_std, w (B, K); PPO's takes normalised observations.
+    Such an actor has a method experts(obs) -> mean (B, K, A), log_std, w or log w (B, K), and of PPO, which takes
+    normalised observations, the value.
     """
     if not hasattr(actor, "experts"):
         return gaussians(actor, obs)
     normalize = getattr(actor, "normalize", None)
-    mean, log_std, w = actor.experts(normalize(obs) if normalize else obs)
+    mean, log_std, w, *_ = actor.experts(normalize(obs) if normalize else obs)
+    w = weights(w)
     return Gaussians(w, mean, log_std.exp().expand_as(mean), w, squashed=normalize is None)
 
 
@@ -94,7 +104,7 @@ def visited(saved: Saved, episodes: int, count: int) -> torch.Tensor:
     states = []
     torch.manual_seed(saved.args.seed)
     for episode in range(episodes):
-        (obs, _), done = saved.env.reset(episode), False
+        (obs, _), done, saved.agent.memory = saved.env.reset(episode), False, []
         while not done:
             states.append(torch.from_numpy(obs))
             obs, _, terminated, truncated, _ = saved.env.step(saved.agent.act(obs, "stochastic"))
@@ -110,7 +120,8 @@ class Player:
         self.policies = (*script.Actor.policies, "stochastic")
         self.acting = None  # the expert that acted last; None of a policy that draws none
         self.alone = None  # the expert that acts everywhere; None: whom the gate draws
-        self.experts = saved.args.num_experts if hasattr(script, "pick") else 0  # that can act alone
+        numbers = [vars(saved.args).get(name, 0) for name in ("num_experts", "num_options")]
+        self.experts = max(numbers) if hasattr(script, "pick") else 0  # that can act alone
         if self.experts:
             self.pick, script.pick = script.pick, self.picked
             saved.agent.actor.gate.register_forward_hook(self.gated)
@@ -122,13 +133,13 @@ class Player:
 
     def gated(self, _gate, _inputs, logits: torch.Tensor) -> torch.Tensor:
         """The gate's logits; where an expert is alone, all weight is on it."""
-        experts = torch.arange(logits.shape[1])
+        experts = torch.arange(logits.shape[-1])
         return logits if self.alone is None else torch.where(experts == self.alone, 0.0, -1e4).expand_as(logits)
 
     def episode(self, number: int, policy: str):
         """Yields (observation, info, acting expert) at the start and after each step of an evaluation's episode."""
         env = self.saved.env
-        (obs, info), done = env.reset(number), False
+        (obs, info), done, self.saved.agent.memory = env.reset(number), False, []
         yield obs, info, None
         while not done:
             obs, _, terminated, truncated, info = env.step(self.saved.agent.act(obs, policy))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import SCRIPTS, load
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 MIRROR = "moe_envs:TargetReaching-v0?layout=mirror"
@@ -105,6 +105,7 @@ POLICIES = [  # script, mean, log std, gate, p_left, modes, modes_u
     ("ppo", [0.0, 0.0], 0.0, None, "0.5000", 1, 1),  # not squashed
     ("ppo_pmoe", TWO, -2.0, [0.25, 0.75], "0.2501", 2, 2),
     ("ppo_pmoe", TWO, 0.0, [0.5, 0.5], "0.5000", 1, 1),
+    ("ppo_gating", TWO, -2.0, [0.25, 0.75], "0.0324", 1, 1),  # Phi(-0.25 / e^-2)
 ]
 
 
@@ -117,6 +118,18 @@ def test_at_the_start(sides, name, mean, log_std, gate, p_left, modes, modes_u):
     row = sides.at_start(agent, np.zeros(11, np.float32))
     assert (row["p_left"], row["modes"], row["modes_u"]) == (p_left, modes, modes_u)
     assert row["gate"] == (" ".join(f"{x / sum(gate):.4f}" for x in gate) if gate else "")
+
+
+def test_options_at_the_start(sides):
+    """The episode's first step, where no option can stay: a mixture with the weights pi_W."""
+    script = load("ppo_dac")
+    actor = (agent := script.Agent(11, 2, script.Args(env_id=MIRROR, num_options=2))).actor
+    for network in (actor.mean, actor.gate):
+        network.w3.data.zero_()
+    actor.mean.b3.data[:], actor.log_std.data[:] = torch.tensor(TWO)[:, None], -2.0
+    actor.gate.b3.data[:] = torch.tensor([0.25, 0.75]).log()
+    row = sides.at_start(agent, np.zeros(11, np.float32))
+    assert row == {"p_left": "0.2501", "modes": 2, "modes_u": 2, "gate": "0.2500 0.7500"}
 
 
 # Whole policies
@@ -205,17 +218,19 @@ def test_sides_do_not_count_below_nine_tenths(sides, sac):
         assert row["entropy"] == ("0.0000" if known else "")
 
 
-def test_policies_of_every_script(sides, script, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_policies_of_every_script(sides, name, tmp_path, monkeypatch):
     """Untrained, so that nobody arrives; what a mixture has beside one Gaussian is its gate."""
     monkeypatch.setattr(sides, "EPISODES", 2)
+    script = load(name)
     args = script.Args(env_id=MIRROR)
     torch.manual_seed(0)  # of random policies one episode in a hundred arrives
     save(script, script.Agent(11, 2, args), args, tmp_path / "s1.pt")
-    rows, mixture = run(sides, tmp_path / "s1.pt"), "num_experts" in vars(args)
-    assert set(rows) == ({"stochastic", "gate"} if mixture else {"stochastic"})
+    rows = run(sides, tmp_path / "s1.pt")
+    assert set(rows) == {"stochastic", *script.Actor.policies} - {"deterministic"}
     row = rows["stochastic"]
     assert (row["episodes"], row["success"], row["left"], row["right"], row["entropy"]) == ("2", "0.0", "0", "0", "")
-    assert len(row["gate"].split()) == (args.num_experts if mixture else 0)
+    assert len(row["gate"].split()) == vars(args).get("num_experts", vars(args).get("num_options", 0))
 
 
 def test_refusals(sides, sac, tmp_path):
