@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import ALGOS, load
 from test_ppo import make_batch, run, train
 from test_sac import NoSynchronisation
 from torch.distributions import Independent, Normal
@@ -468,15 +468,33 @@ def test_usage_of_options_by_hand(dac):
         network.w3.data.zero_()
     agent.actor.gate.b3.data.zero_()
     agent.actor.beta.b3.data[:] = torch.tensor([[[math.log(1 / 3)]], [[math.log(3.0)]]])  # beta 1/4 and 3/4
-    former, option = torch.tensor([-1, 0, 0, 0, 1, 1]), torch.tensor([0, 0, 0, 1, 1, 0])
+    former, option = torch.tensor([-1, 0, 0, 0, 0, 1]), torch.tensor([0, 0, 0, 0, 1, 1])
     zero = torch.zeros(6, 2)
     found = agent.actor.usage(dac.Batch(torch.randn(6, 3), zero, former, option, zero, zero, zero))
     h = [-p * math.log(p) - (1 - p) * math.log(1 - p) for p in (1 / 2, 7 / 8, 5 / 8)]  # pi_W; that of staying with 0, 1
-    assert found["moe/gate_entropy"].item() == pytest.approx((h[0] + 3 * h[1] + 2 * h[2]) / 6)
-    assert found["options/beta"].item() == pytest.approx((3 / 4 + 2 * 3 / 4) / 5)
-    assert found["options/length"].item() == 2  # three starts in six steps
+    assert found["moe/gate_entropy"].item() == pytest.approx((h[0] + 4 * h[1] + h[2]) / 6)
+    assert found["options/beta"].item() == pytest.approx((4 / 4 + 3 / 4) / 5)
+    assert found["options/length"].item() == 3  # two starts in six steps
     assert [found["moe/usage_0"].item(), found["moe/usage_1"].item()] == pytest.approx([4 / 6, 2 / 6])
     assert found["policy/entropy"].item() == pytest.approx(agent.actor.entropy(option).item())
+
+
+def test_a_player_says_which_option_acts_and_lets_one_act_alone(dac, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ALGOS.parent / "results")
+    policy = load("policy", ALGOS.parent / "results")
+    args = dac.Args(env_id="moe_envs:TargetReaching-v0?layout=fixed&max_episode_steps=12", num_options=3)
+    torch.manual_seed(0)
+    agent = dac.Agent(17, 2, args)
+    saved = {"script": "ppo_dac", "args": dac.dataclasses.asdict(args), "global_step": 1, "commit": None}
+    torch.save(saved | {"agent": agent.state_dict()}, tmp_path / "s1.pt")
+    player = policy.Player(policy.load(tmp_path / "s1.pt"))
+    assert player.experts == 3 and player.policies == ("deterministic", "gate", "stochastic")
+    acting = []
+    for _, _, k in player.episode(0, "stochastic"):
+        acting.append((k, *(int(option) for option in player.saved.agent.memory)))
+    assert acting[0] == (None,) and all(k == option for k, option in acting[1:]) and len({k for k, *_ in acting}) == 4
+    player.alone = 2
+    assert {k for _, _, k in player.episode(0, "stochastic")} == {None, 2}
 
 
 # All three

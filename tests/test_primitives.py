@@ -117,6 +117,23 @@ def save(script, path, **arguments):
     return path
 
 
+@pytest.mark.parametrize("name", ["ppo_gating", "ppo_mcp", "ppo_dac"])
+def test_experts_of_ppo_scripts(primitives, name):
+    """Their weights, whose logarithms the actors return, at normalised observations; of options those of a start."""
+    script = load(name)
+    actor, obs = script.Actor(11, 2, script.Args()), torch.randn(5, 11)
+    actor.normalize.update(10 * torch.randn(100, 11))
+    normalised = actor.normalize(obs)
+    if name == "ppo_dac":
+        (mean, log_w, _), log_std = actor(normalised), actor.log_std
+    else:
+        mean, log_std, log_w, _ = actor.experts(normalised)
+    policy = primitives.experts(actor, obs)
+    for found, expected in zip(policy, (log_w.exp(), mean, log_std.exp().expand_as(mean)), strict=False):
+        torch.testing.assert_close(found, expected)
+    assert not policy.squashed and (policy.w > 0).all()
+
+
 def test_table_and_figure(primitives, pmoe, ppo_pmoe, sac, tmp_path, monkeypatch):
     for name, value in (("EPISODES", 2), ("STATES", 200), ("SHOWN", 12), ("CLUSTERS", 3)):
         monkeypatch.setattr(primitives, name, value)

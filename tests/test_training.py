@@ -171,7 +171,7 @@ def test_resume_after_kill_9_is_exact(script, tmp_path):
 OTHER_FORMS = {  # of the rivals: flags
     "ppo_gating": [dict(std="shared")],
     "ppo_mcp": [dict(gate="softmax")],
-    "ppo_dac": [dict(high_epochs=0), dict(high_ent_coef=0.0)],
+    "ppo_dac": [dict(high_epochs=0)],
 }
 
 
