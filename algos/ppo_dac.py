@@ -22,12 +22,12 @@ Run       python algos/ppo_dac.py                                 # target-reach
           torchrun --nproc_per_node=2 algos/ppo_dac.py            # the environments split over two processes
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
-What differs from ppo.py, all of the paper:
+What differs from ppo.py, of the paper and its code:
 1. Two MDPs with the same rewards and discount. In the high one the state is (o', s), the action o, the policy pi_H; in
    the low one the state is (s, o), the action a, the policy pi_L. One critic q(s, o) has the values of both:
    v_H(o', s) = sum_o pi_H(o|o',s) q(s, o) and v_L(s, o) = q(s, o).
 2. A rollout gives each MDP its advantages. PPO learns one MDP, then the other, in random order; each has half of
-   --update-epochs. Only pi_H gets a bonus for its entropy.
+   --update-epochs, and stops by itself at --target-kl. Only pi_H gets a bonus for its entropy.
 3. mu_o, beta_o, pi_W and q are networks of their own, and nothing is shared.
 The authors' code departs from the formulas in three places, and this script does not: it applies beta of the option to
 be chosen instead of beta of o', so its pi_H does not sum to 1; while learning it lets the first row of a minibatch

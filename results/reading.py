@@ -77,7 +77,7 @@ class Data:
         """K of the first run, 1 without a mixture; of agents of several tasks, whose layers have experts, 1."""
         args = self.args()
         plain = "tasks" in args or args.get("moe") in ("none", "wide", "tokens")
-        return 1 if plain else args.get("num_experts", 1)
+        return 1 if plain else args.get("num_experts", args.get("num_options", 1))
 
     def tasks(self) -> list[str]:
         """Names of the tasks of the first run, none where it has one."""

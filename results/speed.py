@@ -2,6 +2,7 @@
 
     python results/speed.py [--threads 1 2] [--precisions highest medium] [--train-steps 1500]
     python results/speed.py --ppo        # instead: PPO against stable-baselines3's
+    python results/speed.py --ppo-rivals # instead: PPO's rivals of PMOE against ppo.py
     python results/speed.py --minatar    # instead: whole training on MinAtar with and without experts
     python results/speed.py --pqn        # instead: whole training of PQN with and without experts
     python results/speed.py --gpu        # instead: every script on GPU and CPU
@@ -270,6 +271,28 @@ def ppo_speed(threads: list[int], rounds: int):
             print(f"| {name} | {count} | {speed:.0f} | {rollout:.2f} | {learning:.2f} | {ratio:.2f} |", flush=True)
 
 
+PPO_RIVALS = {"ppo.py": "ppo", "ppo_gating.py": "ppo_gating", "ppo_mcp.py": "ppo_mcp", "ppo_dac.py": "ppo_dac"}
+
+
+def ppo_rivals(threads: list[int], rounds: int):
+    """One iteration on HalfCheetah-v5 (2,048 steps and 320 updates) of each script in turn with ppo.py's."""
+    print("| PPO on HalfCheetah-v5 | threads | rollout, s | learning, s | rollout / ppo.py's | learning / ppo.py's |")
+    print("|---|---|---|---|---|---|")
+    for count in threads:
+        torch.set_num_threads(count)
+        forms = {name: ppo_iteration(script, clock_of(count)) for name, script in PPO_RIVALS.items()}
+        times = {name: [] for name in forms}
+        for i in range(rounds + 1):  # the first round warms up
+            for name, iteration in forms.items():
+                pair = iteration()
+                times[name] += [pair] if i else []
+        for name, pairs in times.items():
+            seconds_of = " | ".join(f"{statistics.median(column):.2f}" for column in zip(*pairs, strict=True))
+            ratios = [np.divide(mine, base) for mine, base in zip(pairs, times["ppo.py"], strict=True)]
+            ratios = " | ".join(f"{statistics.median(column):.2f}" for column in zip(*ratios, strict=True))
+            print(f"| {name} | {count} | {seconds_of} | {ratios} |", flush=True)
+
+
 def minatar(threads: list[int], rounds: int):
     """Whole training on three MinAtar games, baseline and mixtures in turn, and the share of each part.
 
@@ -378,6 +401,9 @@ GPU = {  # script -> flags; every script with its usual sizes
     "sac_moe_multitask": "--learning-starts 60",
     "ppo": "--env-id HalfCheetah-v5",
     "ppo_pmoe": "--env-id HalfCheetah-v5",
+    "ppo_gating": "--env-id HalfCheetah-v5",
+    "ppo_mcp": "--env-id HalfCheetah-v5",
+    "ppo_dac": "--env-id HalfCheetah-v5",
     "ppo_moe_multitask": "",
     "pqn": "",
     "pqn_moe": "",
@@ -422,6 +448,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--train-steps", type=int, default=900, help="0 leaves the whole training out")
     parser.add_argument("--ppo", action="store_true", help="PPO against stable-baselines3's, and nothing else")
+    parser.add_argument("--ppo-rivals", action="store_true", help="PPO's rivals of PMOE against ppo.py")
     parser.add_argument("--minatar", action="store_true", help="only the whole training on MinAtar")
     parser.add_argument("--pqn", action="store_true", help="only the whole training of PQN")
     parser.add_argument("--gpu", action="store_true", help="steps per second of every script on GPU and CPU")
@@ -434,6 +461,8 @@ def main():
     torch.set_flush_denormal(True)  # for both forms: the plain one would be slower still without it
     if args.ppo:
         return ppo_speed(args.threads, args.rounds)
+    if args.ppo_rivals:
+        return ppo_rivals(args.threads, args.rounds)
     if args.minatar:
         return minatar(args.threads, args.rounds)
     print("| gradient step | threads | matmul | ours, ms | plain, ms | ours / plain |\n|---|---|---|---|---|---|")

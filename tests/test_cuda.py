@@ -28,6 +28,9 @@ CASES = {
     "sac_pmoe-graph": ("sac_pmoe", SAC | dict(cuda_graph=True)),
     "ppo": ("ppo", PPO),
     "ppo_pmoe": ("ppo_pmoe", PPO),
+    "ppo_gating": ("ppo_gating", PPO),
+    "ppo_mcp": ("ppo_mcp", PPO),
+    "ppo_dac": ("ppo_dac", PPO),
     **{f"sac_moe-{router}": ("sac_moe_multitask", TASKS | MIXED | dict(router=router, num_experts=2)) for router in
        ("softmoe", "topk", "hardcoded")},
     **{f"ppo_moe-{router}": ("ppo_moe_multitask", MINATAR | MIXED | dict(router=router)) for router in
