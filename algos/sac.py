@@ -403,7 +403,7 @@ def check_memory(args: Args, obs_dim: int, action_dim: int):
 def evaluate(agent: Agent, env: Env, args: Args, step: int, policy: str, watch=lambda: None) -> dict:
     """A row of eval.csv: raw returns of episodes with seeds of their own; training's random states stay as they are."""
     results, states = [], (random.getstate(), np.random.get_state())
-    agent = deepcopy(agent).cpu()  # for one observation at a time a GPU is slow
+    agent = agent if args.device == "cpu" else deepcopy(agent).cpu()  # for one observation at a time a GPU is slow
     with torch.random.fork_rng([]):
         torch.manual_seed(args.seed)
         for episode in range(args.eval_episodes):
