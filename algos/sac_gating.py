@@ -85,6 +85,7 @@ class Args:
     eval_episodes: int = 10  # episodes per evaluation
     checkpoint_every: int = 10_000  # steps between checkpoints
     device: str = "cpu"  # cpu, cuda or cuda:N
+    cuda_graph: bool = False  # with --device cuda: the update as one CUDA graph, the same numbers sooner
     num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 2)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
     learning_starts: int = 10_000  # uniformly random steps before the first update
@@ -251,7 +252,7 @@ def train(args: Args, saved: dict | None = None):
     agent = Agent(obs_dim, action_dim, args)
     buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, args.device)
     run = Run(args, saved, agent=agent, buffer=buffer, env=env)  # all that a checkpoint holds
-    obs, metrics = env.obs, {}
+    learn, obs, metrics = CudaGraph(update) if args.cuda_graph else update, env.obs, {}
     for step in run.steps():
         if step <= args.learning_starts:  # uniformly at random
             action = torch.rand(action_dim).mul(2).sub(1).numpy()
@@ -265,7 +266,7 @@ def train(args: Args, saved: dict | None = None):
             obs, _ = env.reset()
 
         if step >= args.learning_starts and step % args.update_every == 0:
-            metrics = update(agent, buffer.sample(args.batch_size), args)
+            metrics = learn(agent, buffer.sample(args.batch_size), args)
 
         last = step == args.total_timesteps
         if last or step % 1000 == 0:
@@ -306,6 +307,33 @@ class ReplayBuffer:
 
     def load_state_dict(self, state: dict):
         self.count, self.rows[: len(state["rows"])] = state["count"], state["rows"]
+
+
+class CudaGraph:
+    """update() as one CUDA graph: its kernels, some 200, are recorded once and launched together from then on.
+
+    Two calls run as they are and warm up, the third records. What a call returns is overwritten by the next one.
+    """
+
+    def __init__(self, update):
+        self.update, self.calls, self.graph = update, 0, torch.cuda.CUDAGraph()
+
+    def __call__(self, agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
+        self.calls += 1
+        if self.calls < 3:
+            return self.update(agent, batch, args)
+        if self.calls == 3:
+            self.batch = Batch(*(x.clone() for x in batch))
+            groups = [optimizer.param_groups[0] for optimizer in agent.optimizers]
+            for group in groups:
+                group["capturable"] = True  # Adam refuses to be recorded without; a fused one computes the same
+            with torch.cuda.graph(self.graph):
+                self.metrics = self.update(agent, self.batch, args)
+            for group in groups:
+                group["capturable"] = False
+        torch._foreach_copy_(list(self.batch), list(batch))
+        self.graph.replay()
+        return self.metrics
 
 
 class Env(gym.Wrapper):
@@ -367,7 +395,7 @@ class Env(gym.Wrapper):
 
     def check(self, obs, info: dict) -> tuple[np.ndarray, dict]:
         """A copy of the observation, which some environments change in place; info with success as a number."""
-        self.obs = np.array(obs, np.float32)
+        self.obs = np.array(obs, np.float32).reshape(self.observation_space.shape)
         if not (np.isfinite(self.obs).all() and np.isfinite(self.rewards[-1:]).all()):
             raise FloatingPointError(f"an observation or reward of {self.spec.id} is not finite")
         success = math.nan if info.get("success") is None else np.asarray(info["success"], float).item()
@@ -404,7 +432,8 @@ def check_memory(args: Args, obs_dim: int, action_dim: int):
 def evaluate(agent: Agent, env: Env, args: Args, step: int, policy: str, watch=lambda: None) -> dict:
     """A row of eval.csv: raw returns of episodes with seeds of their own; training's random states stay as they are."""
     results, states = [], (random.getstate(), np.random.get_state())
-    with torch.random.fork_rng([args.device] if args.device != "cpu" else []):
+    agent = deepcopy(agent).cpu()  # for one observation at a time a GPU is slow
+    with torch.random.fork_rng([]):
         torch.manual_seed(args.seed)
         for episode in range(args.eval_episodes):
             (obs, _), done = env.reset(episode), False
@@ -564,7 +593,7 @@ WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "of
 WORDS |= {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}  # in --env-id; 'on' in quotes is a string
 LIMITS = {"seed": (0, 2**31 - 1), "learning_starts": (0, 1e12), "gamma": (0, 1), "tau": (1e-9, 1)}  # others: positive
 LIMITS["num_threads"] = (1, 4 * (os.cpu_count() or 1))
-OLDER = {}  # flags that older files lack, and the values at which a script does what it did then
+OLDER = {"cuda_graph": False}  # flags that older files lack, and the values at which a script does what it did then
 
 
 @contextlib.contextmanager
@@ -613,6 +642,8 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
                 raise ValueError(f"must lie between {low:g} and {high:g}")
             if name == "video" and value and args.evaluate is None:
                 raise ValueError("goes with --evaluate")
+            if name == "cuda_graph" and value and args.device == "cpu" and args.evaluate is None:
+                raise ValueError("goes with --device cuda")
     with exit_on_error(f"--device {args.device}", "--device cpu always works"):
         torch.zeros(1, device=args.device).item()
     with exit_on_error("torchrun", "start it with python"):

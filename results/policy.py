@@ -64,28 +64,37 @@ class Gaussians(NamedTuple):
 @torch.no_grad()
 def gaussians(actor: nn.Module, obs: torch.Tensor) -> Gaussians:
     """The policy at obs (B, O). The one place here that knows what the actors of the scripts return."""
-    squashed = not hasattr(actor, "normalize")
-    if squashed:  # SAC: mean, log std and, where there is a gate, its weights
+    squashed, averages = not hasattr(actor, "normalize"), hasattr(actor, "experts")
+    if squashed:  # SAC: mean, log std and, of a mixture, weights or their logarithms
         mean, log_std, *gate = actor(obs)
-    else:  # PPO: mean, log weights where there is a gate, value; one standard deviation for all states
+    elif averages:  # PPO of one Gaussian from several: mean, log std, value
+        (mean, log_std, _), gate = actor(actor.normalize(obs)), []
+    else:  # PPO: mean, of a mixture log weights, value; one standard deviation for all states
         mean, *gate, _ = actor(actor.normalize(obs))
-        log_std, gate = actor.log_std.expand_as(mean), [log_w.exp() for log_w in gate]
-    gate = gate[0] if gate else None
+        log_std = actor.log_std.expand_as(mean)
+    gate = experts(actor, obs).w if averages else weights(*gate) if gate else None
     if mean.ndim == 2:
         return Gaussians(torch.ones(len(mean), 1), mean[:, None], log_std.exp()[:, None], gate, squashed)
     return Gaussians(gate, mean, log_std.exp(), gate, squashed)
+
+
+def weights(w: torch.Tensor) -> torch.Tensor:
+    """Weights (B, K) as they are, or from their logarithms, of which none is positive."""
+    return w if (w > 0).any() else w.exp()
 
 
 @torch.no_grad()
 def experts(actor: nn.Module, obs: torch.Tensor) -> Gaussians:
     """What every expert would do at obs (B, O), also where a gate averages them before it acts.
 
-    Such an actor has a method experts(obs) -> mean (B, K, A), log_std, w (B, K); PPO's takes normalised observations.
+    Such an actor has a method experts(obs) -> mean (B, K, A), log_std, w or log w (B, K), and of PPO, which takes
+    normalised observations, the value.
     """
     if not hasattr(actor, "experts"):
         return gaussians(actor, obs)
     normalize = getattr(actor, "normalize", None)
-    mean, log_std, w = actor.experts(normalize(obs) if normalize else obs)
+    mean, log_std, w, *_ = actor.experts(normalize(obs) if normalize else obs)
+    w = weights(w)
     return Gaussians(w, mean, log_std.exp().expand_as(mean), w, squashed=normalize is None)
 
 

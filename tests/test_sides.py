@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import SCRIPTS, load
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
 MIRROR = "moe_envs:TargetReaching-v0?layout=mirror"
@@ -101,6 +101,8 @@ POLICIES = [  # script, mean, log std, gate, p_left, modes, modes_u
     ("sac_pmoe", TWO, -2.0, [0.25, 0.75], "0.2501", 2, 2),
     ("sac_pmoe", TWO, -2.0, [1e-6, 1.0], "0.0001", 1, 1),
     ("sac_pmoe", [TWO[1]] * 2, -2.0, [0.25, 0.75], "0.0001", 1, 1),
+    ("sac_gmm", TWO, -2.0, [0.25, 0.75], "0.2501", 2, 2),
+    ("sac_gating", TWO, -2.0, [0.25, 0.75], "0.0324", 1, 1),  # Phi(-0.25 / e^-2)
     ("ppo", [0.5, 0.0], -2.0, None, "0.0001", 1, 1),
     ("ppo", [0.0, 0.0], 0.0, None, "0.5000", 1, 1),  # not squashed
     ("ppo_pmoe", TWO, -2.0, [0.25, 0.75], "0.2501", 2, 2),
@@ -117,6 +119,17 @@ def test_at_the_start(sides, name, mean, log_std, gate, p_left, modes, modes_u):
     row = sides.at_start(agent, np.zeros(11, np.float32))
     assert (row["p_left"], row["modes"], row["modes_u"]) == (p_left, modes, modes_u)
     assert row["gate"] == (" ".join(f"{x / sum(gate):.4f}" for x in gate) if gate else "")
+
+
+@pytest.mark.parametrize("gate, weights", [("sigmoid", [0.2, 0.6]), ("softmax", [0.25, 0.75])])
+def test_product_at_the_start(sides, gate, weights):
+    """Of precisions w_k / sigma^2: the mean is (w_2 - w_1) / (w_1 + w_2) / 2, the variance sigma^2 / (w_1 + w_2)."""
+    script = load("sac_mcp")
+    agent = script.Agent(11, 2, script.Args(env_id=MIRROR, num_experts=2, gate=gate))
+    set_head(agent.actor, TWO, -2.0, [w / (1 - w) for w in weights] if gate == "sigmoid" else weights)
+    row, mean, std = sides.at_start(agent, np.zeros(11, np.float32)), 0.25, math.exp(-2) / math.sqrt(sum(weights))
+    assert float(row["p_left"]) == pytest.approx(0.5 * math.erfc(mean / std / math.sqrt(2)), abs=1e-4)
+    assert (row["modes_u"], row["gate"]) == (1, " ".join(f"{w:.4f}" for w in weights))
 
 
 # Whole policies
@@ -205,17 +218,19 @@ def test_sides_do_not_count_below_nine_tenths(sides, sac):
         assert row["entropy"] == ("0.0000" if known else "")
 
 
-def test_policies_of_every_script(sides, script, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_policies_of_every_script(sides, name, tmp_path, monkeypatch):
     """Untrained, so that nobody arrives; what a mixture has beside one Gaussian is its gate."""
     monkeypatch.setattr(sides, "EPISODES", 2)
+    script = load(name)
     args = script.Args(env_id=MIRROR)
     torch.manual_seed(0)  # of random policies one episode in a hundred arrives
     save(script, script.Agent(11, 2, args), args, tmp_path / "s1.pt")
-    rows, mixture = run(sides, tmp_path / "s1.pt"), "num_experts" in vars(args)
-    assert set(rows) == ({"stochastic", "gate"} if mixture else {"stochastic"})
+    rows = run(sides, tmp_path / "s1.pt")
+    assert set(rows) == {"stochastic", *script.Actor.policies} - {"deterministic"}
     row = rows["stochastic"]
     assert (row["episodes"], row["success"], row["left"], row["right"], row["entropy"]) == ("2", "0.0", "0", "0", "")
-    assert len(row["gate"].split()) == (args.num_experts if mixture else 0)
+    assert len(row["gate"].split()) == vars(args).get("num_experts", 0)
 
 
 def test_refusals(sides, sac, tmp_path):

@@ -18,7 +18,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ALGOS, MULTITASK, SCRIPTS, load
+from conftest import ALGOS, MULTITASK, RIVALS, SCRIPTS, load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COMMON = dict(env_id="Pendulum-v1", total_timesteps=220, eval_every=110, eval_episodes=1, num_threads=1)
@@ -166,6 +166,44 @@ def test_resume_after_kill_9_is_exact(script, tmp_path):
     whole = script.main(flags(run_dir=str(tmp_path / "whole"), **settings))
     assert same(model(whole), model(resumed))
     assert (whole / "eval.csv").read_text() == (resumed / "eval.csv").read_text()
+
+
+OTHER_FORMS = {  # of the rivals: flags
+    "sac_gmm": [dict(gradient="score", baseline="none"), dict(gradient="gumbel", entropy="component")],
+    "sac_mcp": [dict(gate="softmax")],
+}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_train_resume_and_evaluate(name, tmp_path, monkeypatch, capsys):
+    """Stopped at a checkpoint as a crash stops it, resumed to the same bits; the policy's file acts as the run does."""
+    script = load(name)
+    whole, save, steps = train(script, tmp_path / "whole"), script.Run.save, []
+
+    def save_and_crash(self):
+        save(self)
+        steps.append(self.step)
+        if self.step > 0:
+            raise RuntimeError("crash")
+
+    monkeypatch.setattr(script.Run, "save", save_and_crash)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(script, tmp_path / "run")
+    monkeypatch.undo()
+    assert 0 < steps[-1] < 220
+    script.main(flags(resume=tmp_path / "run"))
+    assert same(model(whole), model(tmp_path / "run"))
+    assert (whole / "eval.csv").read_bytes() == (tmp_path / "run" / "eval.csv").read_bytes()
+    shutil.copy(whole / "policy.pt", tmp_path / "s1.pt")
+    capsys.readouterr()
+    script.main(flags(evaluate=tmp_path / "s1.pt"))
+    printed, rows = json.loads(capsys.readouterr().out), (whole / "eval.csv").read_text().splitlines()
+    assert set(printed) == {*script.Actor.policies, "stochastic"}
+    for line in rows[-len(printed) :]:
+        row = dict(zip(rows[0].split(","), line.split(","), strict=True))
+        assert str(printed[row["policy"]]["return"]) == row["return"]
+    models = [model(train(script, tmp_path / f"{i}", **form)) for i, form in enumerate(OTHER_FORMS.get(name, []))]
+    assert not any(same(a, b) for i, a in enumerate([model(whole), *models]) for b in models[i:])
 
 
 @pytest.mark.parametrize(("number", "buffer_size"), [(signal.SIGINT, 1000), (signal.SIGTERM, 20)])
@@ -552,10 +590,22 @@ def test_evaluate_takes_the_run_as_it_is(script, finished, capsys):
         assert stop.value.code == 2 and error.count("\n") == 1 and expected in error
 
 
-@pytest.mark.parametrize("name", ["pmoe", "ppo_pmoe"])
-def test_zero_experts(name, request, tmp_path, monkeypatch, capsys):
-    script = request.getfixturevalue(name)
-    wrong_input(script, dict(num_experts=0), "--num-experts 0", tmp_path, monkeypatch, capsys)
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if "_" in name])
+def test_zero_experts(name, tmp_path, monkeypatch, capsys):
+    script, flag = load(name), "num_options" if name == "ppo_dac" else "num_experts"
+    wrong_input(script, {flag: 0}, f"--{flag.replace('_', '-')} 0", tmp_path, monkeypatch, capsys)
+
+
+WRONG_RIVALS = {  # what argparse refuses has a frame of several lines
+    "no Gumbel noise": ("sac_gmm", dict(gumbel_temperature=0.0), "--gumbel-temperature 0.0: must lie between"),
+    "Gumbel noise that is not a number": ("sac_gmm", dict(gumbel_temperature=math.nan), "--gumbel-temperature nan"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_RIVALS)
+def test_wrong_input_of_rivals(name, tmp_path, monkeypatch, capsys):
+    script, wrong, expected = WRONG_RIVALS[name]
+    wrong_input(load(script), wrong, expected, tmp_path, monkeypatch, capsys)
 
 
 def test_run_folder_of_another_run_is_refused(script, finished, capsys):
