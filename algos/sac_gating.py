@@ -26,7 +26,7 @@ What differs from sac.py is the actor, and how sure each choice is:
    names this rival; its definition was not to be had. Averaged means are public code: ActorMoE of amp-rsl-rl, and what
    UHC and PHC call MCP. Standard deviations averaged by the same weights are ours; ActorMoE has one for all experts.
 2. All experts share one noise (ours): independent draws, averaged, would shrink sigma, down to sigma / sqrt(K).
-3. Gate and experts learn by SAC's own gradient through mu and sigma; the gate is not detached (as in ActorMoE).
+3. Gate and experts learn by SAC's own gradient through mu and sigma, and the gate shapes the trunk, too (ours).
 4. Four experts, the trunk and one head for all: as in sac_pmoe.py (ours). With one expert this is sac.py.
 Where SAC differs from its paper, here as in sac.py:
 1. Actions live in [-1, 1] (RescaleAction), so no action scale enters log pi; tanh's correction is in its stable form.
