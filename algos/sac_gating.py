@@ -15,7 +15,7 @@
 Paper   Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905.
 Rival   of PMOE in Ren et al. 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning",
         arXiv 2104.09122.
-Policy  a = tanh(u), u ~ N(mu(s), sigma(s)^2), mu = sum_k w_k mu_k, sigma = sum_k w_k sigma_k: one mode, as in sac.py.
+Policy  a = tanh(u), u ~ N(mu(s), sigma(s)^2), mu = sum_k w_k mu_k, sigma = sum_k w_k sigma_k: one Gaussian.
 
 Run       python algos/sac_gating.py                                 # target-reaching
           python algos/sac_gating.py --env-id HalfCheetah-v5 --num-experts 2 --learning-starts 5000 --alpha-init 1

@@ -14,7 +14,7 @@
 
 Paper   Peng et al. 2019, "MCP: Learning Composable Hierarchical Control with Multiplicative Compositional Policies",
         arXiv 1905.09808; the learning is SAC's: Haarnoja et al. 2018, arXiv 1812.05905.
-Policy  a = tanh(u), u ~ prod_k N(mu_k(s), sigma_k(s)^2)^w_k(s) / Z = N(mu(s), sigma(s)^2): one mode, as in sac.py.
+Policy  a = tanh(u), u ~ prod_k N(mu_k(s), sigma_k(s)^2)^w_k(s) / Z = N(mu(s), sigma(s)^2): one Gaussian, as in sac.py.
         1 / sigma^2 = sum_k w_k / sigma_k^2, mu = sigma^2 sum_k w_k mu_k / sigma_k^2.
 
 Run       python algos/sac_mcp.py                                 # target-reaching
@@ -30,7 +30,7 @@ What differs from sac.py is the actor, and how sure each choice is:
 3. Weights of 1/2, where a sigmoid starts, make sigma sqrt(2 / K) times sigma_k. So sigma_k starts at sqrt(K / 2), not
    at 1 (ours).
 4. Of the product, not of each expert, log sigma is clamped, to [-5, 2] instead of [-20, 2] (ours).
-One expert under --gate softmax is sac.py.
+One expert under --gate softmax is sac.py, but for this clamp.
 Where SAC differs from its paper, here as in sac.py:
 1. Actions live in [-1, 1] (RescaleAction), so no action scale enters log pi; tanh's correction is in its stable form.
 2. Both critics are one batched network; in the actor's step their weights get no gradient. Same result, less work.
