@@ -1,6 +1,7 @@
 """How fast the scripts are, as ratios to the same algorithms written the plain way, on CPU.
 
     python results/speed.py [--threads 1 2] [--precisions highest medium] [--train-steps 1500]
+    python results/speed.py --rivals     # instead: one gradient step of SAC's rivals of PMOE, as ratio to sac.py's
     python results/speed.py --ppo        # instead: PPO against stable-baselines3's
     python results/speed.py --ppo-rivals # instead: PPO's rivals of PMOE against ppo.py
     python results/speed.py --minatar    # instead: whole training on MinAtar with and without experts
@@ -17,12 +18,13 @@ ratio of each pair is what counts: the median over the rounds is printed.
 with K = 8 and of stable-baselines3's PPO in turn: the same network, environments, minibatches and passes. Ours also
 normalises observations and rewards, theirs does so in VecNormalize: a row with it and one without. It also says where
 the time goes. With one thread --ppo, --minatar and --pqn count the process's own time, so that others on the machine
-matter less.
+matter less; so does --rivals.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import json
 import statistics
@@ -41,6 +43,14 @@ CASES = {  # name: (script, observation size, action dimensions, K)
     "SAC, HalfCheetah's size": ("sac", 17, 6, 1),
     "PMOE K=4, HalfCheetah's size": ("sac_pmoe", 17, 6, 4),
     "PMOE K=10, Humanoid's size": ("sac_pmoe", 348, 17, 10),
+}
+RIVALS = {  # name: (script, flags), all at HalfCheetah's size
+    "sac_gating.py": ("sac_gating", {}),
+    "sac_mcp.py": ("sac_mcp", {}),
+    "sac_pmoe.py": ("sac_pmoe", {}),
+    "sac_gmm.py, marginal": ("sac_gmm", {}),
+    "sac_gmm.py, score": ("sac_gmm", {"gradient": "score"}),
+    "sac_gmm.py, gumbel": ("sac_gmm", {"gradient": "gumbel"}),
 }
 BATCH = 256
 
@@ -130,12 +140,12 @@ def ours_and_plain(case):
     return lambda: module.update(agent, batch, args), lambda: plain.update(batch)
 
 
-def seconds(function, steps: int) -> float:
+def seconds(function, steps: int, clock=time.perf_counter) -> float:
     """Seconds per call."""
-    start = time.perf_counter()
+    start = clock()
     for _ in range(steps):
         function()
-    return (time.perf_counter() - start) / steps
+    return (clock() - start) / steps
 
 
 def training(case, plain: bool):
@@ -181,6 +191,27 @@ def training(case, plain: bool):
 
 def clock_of(threads: int):
     return time.process_time if threads == 1 else time.perf_counter
+
+
+def rivals(threads: list[int], rounds: int):
+    """One gradient step on a synthetic batch, of each script in turn with sac.py's."""
+    print("| gradient step, K = 4 | threads | ms | time, its / sac.py's |\n|---|---|---|---|")
+    for number in threads:
+        torch.set_num_threads(number)
+        clock, steps = clock_of(number), {}
+        for name, (script, changes) in {"sac.py": ("sac", {}), **RIVALS}.items():
+            module = load_script(script)
+            args = module.Args(**changes)
+            parts = module.Agent(17, 6, args), synthetic_batch(module, 17, 6), args
+            steps[name] = functools.partial(module.update, *parts)
+        times = {name: [] for name in steps}
+        for i in range(rounds + 1):  # the first round warms up
+            for name, step in steps.items():
+                time_of_step = seconds(step, 25, clock)
+                times[name] += [time_of_step] if i else []
+        for name, row in times.items():
+            ratio = statistics.median(mine / base for mine, base in zip(row, times["sac.py"], strict=True))
+            print(f"| {name} | {number} | {1e3 * statistics.median(row):.1f} | {ratio:.2f} |", flush=True)
 
 
 def ppo_iteration(name: str, clock, **changes):
@@ -398,6 +429,9 @@ SAC_FLAGS = "--env-id HalfCheetah-v5 --learning-starts 500"
 GPU = {  # script -> flags; every script with its usual sizes
     "sac": SAC_FLAGS,
     "sac_pmoe": SAC_FLAGS,
+    "sac_gating": SAC_FLAGS,
+    "sac_mcp": SAC_FLAGS,
+    "sac_gmm": SAC_FLAGS,
     "sac_moe_multitask": "--learning-starts 60",
     "ppo": "--env-id HalfCheetah-v5",
     "ppo_pmoe": "--env-id HalfCheetah-v5",
@@ -447,6 +481,7 @@ def main():
     parser.add_argument("--precisions", nargs="+", default=["highest", "medium"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--train-steps", type=int, default=900, help="0 leaves the whole training out")
+    parser.add_argument("--rivals", action="store_true", help="only the gradient step of SAC's rivals of PMOE")
     parser.add_argument("--ppo", action="store_true", help="PPO against stable-baselines3's, and nothing else")
     parser.add_argument("--ppo-rivals", action="store_true", help="PPO's rivals of PMOE against ppo.py")
     parser.add_argument("--minatar", action="store_true", help="only the whole training on MinAtar")
@@ -459,6 +494,8 @@ def main():
     if args.gpu:
         return gpu(args.scripts)
     torch.set_flush_denormal(True)  # for both forms: the plain one would be slower still without it
+    if args.rivals:
+        return rivals(args.threads, args.rounds)
     if args.ppo:
         return ppo_speed(args.threads, args.rounds)
     if args.ppo_rivals:

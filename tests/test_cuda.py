@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ALGOS, load
+from conftest import ALGOS, SCRIPTS, load
 from test_training import flags, same
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -26,6 +26,10 @@ CASES = {
     "sac_pmoe-draws": ("sac_pmoe", SAC | dict(selection="draws", primitive_update="all")),
     "sac-graph": ("sac", SAC | dict(cuda_graph=True)),
     "sac_pmoe-graph": ("sac_pmoe", SAC | dict(cuda_graph=True)),
+    "sac_gating": ("sac_gating", SAC),
+    "sac_mcp": ("sac_mcp", SAC),
+    **{f"sac_gmm-{gradient}": ("sac_gmm", SAC | dict(gradient=gradient)) for gradient in
+       ("marginal", "score", "gumbel")},
     "ppo": ("ppo", PPO),
     "ppo_pmoe": ("ppo_pmoe", PPO),
     "ppo_gating": ("ppo_gating", PPO),
@@ -89,7 +93,7 @@ def test_what_a_gpu_trained_evaluates_on_the_cpu(case, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("name", ["sac", "sac_pmoe"])
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name.startswith("sac")])
 def test_a_cuda_graph_computes_the_same_numbers(name, tmp_path):
     """Losses of every logged update, weights and evaluations are those of a run without."""
     script, settings, runs = load(name), SAC | dict(eval_episodes=1, num_threads=1, device="cuda"), []
@@ -99,7 +103,7 @@ def test_a_cuda_graph_computes_the_same_numbers(name, tmp_path):
     assert (runs[0] / "eval.csv").read_text() == (runs[1] / "eval.csv").read_text()
 
 
-@pytest.mark.parametrize("name", ["sac", "sac_pmoe"])
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name.startswith("sac")])
 def test_update_never_waits_for_the_gpu(name):
     script = load(name)
     args = script.Args(device="cuda")

@@ -108,6 +108,18 @@ def test_a_gate_that_averages_is_asked_before_it_does(primitives):
     assert not policy.squashed
 
 
+@pytest.mark.parametrize("name", ["sac_gmm", "sac_gating", "sac_mcp"])
+def test_experts_of_the_scripts(primitives, name):
+    """Their weights, and not the logarithms that some actors return."""
+    script = load(name)
+    actor, obs = script.Actor(11, 2, script.Args()), torch.randn(5, 11)
+    mean, log_std, log_w = (actor.experts if hasattr(actor, "experts") else actor)(obs)
+    policy = primitives.experts(actor, obs)
+    for found, expected in zip(policy, (log_w.exp(), mean, log_std.exp()), strict=False):
+        torch.testing.assert_close(found, expected)
+    assert (policy.w > 0).all()
+
+
 def save(script, path, **arguments):
     args = script.Args(env_id="moe_envs:TargetReaching-v0?layout=mirror", **arguments)
     agent = script.Agent(11, 2, args)

@@ -101,6 +101,8 @@ POLICIES = [  # script, mean, log std, gate, p_left, modes, modes_u
     ("sac_pmoe", TWO, -2.0, [0.25, 0.75], "0.2501", 2, 2),
     ("sac_pmoe", TWO, -2.0, [1e-6, 1.0], "0.0001", 1, 1),
     ("sac_pmoe", [TWO[1]] * 2, -2.0, [0.25, 0.75], "0.0001", 1, 1),
+    ("sac_gmm", TWO, -2.0, [0.25, 0.75], "0.2501", 2, 2),
+    ("sac_gating", TWO, -2.0, [0.25, 0.75], "0.0324", 1, 1),  # Phi(-0.25 / e^-2)
     ("ppo", [0.5, 0.0], -2.0, None, "0.0001", 1, 1),
     ("ppo", [0.0, 0.0], 0.0, None, "0.5000", 1, 1),  # not squashed
     ("ppo_pmoe", TWO, -2.0, [0.25, 0.75], "0.2501", 2, 2),
@@ -130,6 +132,17 @@ def test_options_at_the_start(sides):
     actor.gate.b3.data[:] = torch.tensor([0.25, 0.75]).log()
     row = sides.at_start(agent, np.zeros(11, np.float32))
     assert row == {"p_left": "0.2501", "modes": 2, "modes_u": 2, "gate": "0.2500 0.7500"}
+
+
+@pytest.mark.parametrize("gate, weights", [("sigmoid", [0.2, 0.6]), ("softmax", [0.25, 0.75])])
+def test_product_at_the_start(sides, gate, weights):
+    """Of precisions w_k / sigma^2: the mean is (w_2 - w_1) / (w_1 + w_2) / 2, the variance sigma^2 / (w_1 + w_2)."""
+    script = load("sac_mcp")
+    agent = script.Agent(11, 2, script.Args(env_id=MIRROR, num_experts=2, gate=gate))
+    set_head(agent.actor, TWO, -2.0, [w / (1 - w) for w in weights] if gate == "sigmoid" else weights)
+    row, mean, std = sides.at_start(agent, np.zeros(11, np.float32)), 0.25, math.exp(-2) / math.sqrt(sum(weights))
+    assert float(row["p_left"]) == pytest.approx(0.5 * math.erfc(mean / std / math.sqrt(2)), abs=1e-4)
+    assert (row["modes_u"], row["gate"]) == (1, " ".join(f"{w:.4f}" for w in weights))
 
 
 # Whole policies

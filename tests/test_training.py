@@ -172,6 +172,8 @@ OTHER_FORMS = {  # of the rivals: flags
     "ppo_gating": [dict(std="shared")],
     "ppo_mcp": [dict(gate="softmax")],
     "ppo_dac": [dict(high_epochs=0)],
+    "sac_gmm": [dict(gradient="score", baseline="none"), dict(gradient="gumbel", entropy="component")],
+    "sac_mcp": [dict(gate="softmax")],
 }
 
 
@@ -601,6 +603,8 @@ WRONG_RIVALS = {  # what argparse refuses has a frame of several lines
     "all passes for the high MDP": ("ppo_dac", dict(high_epochs=2), "--high-epochs 2: must lie between 0 and 1"),
     "negative entropy bonus": ("ppo_dac", dict(high_ent_coef=-0.1), "--high-ent-coef -0.1: must lie between 0"),
     "options that no memory holds": ("ppo_dac", dict(num_options=10**8), "--num-options 100000000: would take .* GB"),
+    "no Gumbel noise": ("sac_gmm", dict(gumbel_temperature=0.0), "--gumbel-temperature 0.0: must lie between"),
+    "Gumbel noise that is not a number": ("sac_gmm", dict(gumbel_temperature=math.nan), "--gumbel-temperature nan"),
 }
 
 
