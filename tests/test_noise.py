@@ -68,6 +68,7 @@ def test_measure(noise, sac, tmp_path, monkeypatch):
     """Sigma 0 is an ordinary evaluation; noise on the actions of Pendulum changes the return."""
     monkeypatch.setattr(noise, "EPISODES", 2)
     args = sac.Args(env_id="Pendulum-v1", seed=3)
+    torch.manual_seed(3)
     agent = sac.Agent(3, 1, args)
     saved = {"script": "sac", "args": dataclasses.asdict(args), "global_step": 1, "commit": None}
     torch.save(saved | {"agent": agent.state_dict()}, tmp_path / "s3.pt")
