@@ -470,8 +470,8 @@ class Film(gym.Env):
         return np.random.default_rng().integers(0, 255, (20, 20, 3), dtype=np.uint8)
 
 
-gym.register("Film-v0", Film, max_episode_steps=100)
-FILMS = ("Film-v0", "Film-v0?gain=2.0")
+gym.register("Films-v0", Film, max_episode_steps=100)
+FILMS = ("Films-v0", "Films-v0?gain=2.0")
 
 
 def test_a_gif_plays_at_the_right_speed_in_browsers(tmp_path):

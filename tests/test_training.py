@@ -146,14 +146,14 @@ def test_video(script, tmp_path):
     assert (run / "video.gif").read_bytes().startswith(b"GIF89a")
 
 
-def test_resume_after_kill_9_is_exact(script, tmp_path):
+def test_resume_after_kill_9_is_exact(base, tmp_path):
     """Target-reaching, killed at a moment that depends on the machine, in the middle of an episode."""
     settings = dict(total_timesteps=560, learning_starts=350, batch_size=16, eval_every=200, checkpoint_every=130)
-    if family(script) == "ppo":
+    if family(base) == "ppo":
         settings = dict(total_timesteps=1600, num_envs=4, num_steps=20, num_minibatches=4, update_epochs=4)
         settings |= dict(eval_every=400, checkpoint_every=240)
     settings |= dict(eval_episodes=1, num_threads=1)
-    killed = start(script.SCRIPT, *flags(**settings, run_dir=tmp_path / "killed"))
+    killed = start(base.SCRIPT, *flags(**settings, run_dir=tmp_path / "killed"))
     evaluations = tmp_path / "killed" / "eval.csv"
     while killed.poll() is None and not (evaluations.exists() and "\n400," in evaluations.read_text()):
         time.sleep(0.02)
@@ -162,8 +162,8 @@ def test_resume_after_kill_9_is_exact(script, tmp_path):
     assert "deterministic return" in killed.stdout.read()  # was not left in a buffer
     stopped_at = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["global_step"]
     assert 240 <= stopped_at < settings["total_timesteps"]
-    resumed = script.main(flags(resume=str(tmp_path / "killed")))  # in this process: it started otherwise too
-    whole = script.main(flags(run_dir=str(tmp_path / "whole"), **settings))
+    resumed = base.main(flags(resume=str(tmp_path / "killed")))  # in this process: it started otherwise too
+    whole = base.main(flags(run_dir=str(tmp_path / "whole"), **settings))
     assert same(model(whole), model(resumed))
     assert (whole / "eval.csv").read_text() == (resumed / "eval.csv").read_text()
 
