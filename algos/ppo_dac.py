@@ -22,28 +22,27 @@ Run       python algos/ppo_dac.py                                 # target-reach
           torchrun --nproc_per_node=2 algos/ppo_dac.py            # the environments split over two processes
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
-What differs from ppo.py, of the paper and its code:
+What differs from ppo.py, after the paper and its code:
 1. Two MDPs with the same rewards and discount. In the high one the state is (o', s), the action o, the policy pi_H; in
    the low one the state is (s, o), the action a, the policy pi_L. One critic q(s, o) has the values of both:
    v_H(o', s) = sum_o pi_H(o|o',s) q(s, o) and v_L(s, o) = q(s, o).
-2. A rollout gives each MDP its advantages. PPO learns one MDP, then the other, in random order; each has half of
-   --update-epochs, and stops by itself at --target-kl. Only pi_H gets a bonus for its entropy.
+2. A rollout gives each MDP its advantages. PPO improves the policy of one MDP, then that of the other, in random
+   order; each has half of --update-epochs, and stops by itself at --target-kl. pi_H gets a bonus for its entropy,
+   --high-ent-coef; pi_L has --ent-coef, which is 0.
 3. mu_o, beta_o, pi_W and q are networks of their own, and nothing is shared.
-The authors' code departs from the formulas in three places, and this script does not: it applies beta of the option to
-be chosen instead of beta of o', so its pi_H does not sum to 1; while learning it lets the first row of a minibatch
-alone stay with o', so the high ratio does not start at 1; and it takes log(p + 1e-5) of the density pi_L, which has
-nearly no gradient left if there are many action dimensions.
+The authors' code departs from the formulas in at least three places, and this script does not: it applies beta of the
+option to be chosen instead of beta of o', so its pi_H does not sum to 1; while learning it writes 1[o = o'] of all rows
+of a minibatch into its first row, so the high ratio does not start at 1; and it takes log(p + 1e-5) of the density
+pi_L, which has nearly no gradient left if there are many action dimensions.
 Our choices:
-1. Where the rollout or, at a time limit, the episode ends, the option to come is not known. Both MDPs bootstrap from
-   its expectation, v_H(o, s').
-2. pi_H is held fixed in the loss of v_H: the critic's error is no reason to change options.
-3. pi_L, pi_H and q have an Adam and a clipping each. One for all would go on moving pi_H by its momentum while pi_L
-   learns, and the ratio of the second MDP would not start at 1. With --num-options 1 --high-epochs 0 this alone is not
-   ppo.py.
-4. All else is ppo.py's: mu has no tanh, advantages are normalised in each minibatch, the learning rate is annealed.
-5. Evaluation carries the option and forgets it with the episode. The deterministic policy takes the likeliest option,
-   argmax pi_H, and its mean; where beta < 1/2 it stays with one option. The policy of the gate draws o ~ pi_H and takes
-   its mean.
+1. Where the rollout or, at a time limit, the episode ends, the next option has not been drawn. Both MDPs bootstrap from
+   v_H(o, s'), the expectation of q(s', .) over it.
+2. pi_L, pi_H and q have an Adam and a clipping each. One for all would go on moving pi_H by its momentum while pi_L
+   learns, and the ratio of the second MDP would not start at 1. So --vf-coef matters only to the clipping of q. With
+   --num-options 1 --high-epochs 0 only this and the random numbers differ from ppo.py.
+3. All else is ppo.py's: mu is not squashed, advantages are normalised in each minibatch, the learning rate is annealed.
+4. Evaluation carries the option and forgets it with the episode. The deterministic policy takes the likeliest option,
+   argmax pi_H, and its mean; where beta < 1/2 it stays with one option. The gate policy draws o ~ pi_H and takes mu_o.
 Letters in shape comments: T steps, N environments, B batch, K options, O observation size, A action dimensions.
 """
 
@@ -111,7 +110,7 @@ class Args:
     target_kl: float | None = None  # no further pass over a rollout once a pass has a mean KL divergence above this
     # the options
     num_options: int = 4  # K
-    high_epochs: int | None = None  # of the passes, those that learn pi_H (default: half); the others learn pi_L
+    high_epochs: int | None = None  # of --update-epochs, those of pi_H (default: half, rounded down)
     high_ent_coef: float = 0.01  # weight of the entropy bonus of pi_H
 
 
@@ -120,8 +119,8 @@ class Args:
 # done = terminated or truncated, discounted = the episode's rewards, discounted by age.
 Rollout = namedtuple("Rollout", "obs action reward terminated done next_obs discounted")
 # Rows to learn from: obs (B, O), normalised; action (B, A), unclipped; former (B,) and option (B,); of the high and the
-# low MDP (B, 2), or of one (B,): log_prob when acting, advantage, target.
-Batch = namedtuple("Batch", "obs action former option log_prob advantage target")
+# low MDP (B, 2), or of one (B,): log_prob when acting, advantage, target; pi_H when acting: high (B, K).
+Batch = namedtuple("Batch", "obs action former option high log_prob advantage target")
 MDPS = ("high", "low")
 
 
@@ -188,13 +187,13 @@ class Actor(nn.Module):
         log_w = self.gate(obs).squeeze(1).log_softmax(1)
         if former is None:
             return log_w
-        beta, first = self.termination(obs, former)[:, None], former[:, None] < 0  # (B, 1)
+        logit, first = self.termination(obs, former)[:, None], former[:, None] < 0  # (B, 1)
         stays = torch.arange(log_w.shape[1], device=obs.device) == former[:, None]  # (B, K)
-        stay = torch.where(stays, F.logsigmoid(-beta), -math.inf)  # log (1 - beta) 1[o = o']
-        return torch.where(first, log_w, torch.logaddexp(stay, F.logsigmoid(beta) + log_w))
+        stay = torch.where(stays, F.logsigmoid(-logit), -math.inf)  # log (1 - beta) 1[o = o']
+        return torch.where(first, log_w, torch.logaddexp(stay, F.logsigmoid(logit) + log_w))
 
     def termination(self, obs: torch.Tensor, former: torch.Tensor) -> torch.Tensor:
-        """Normalised obs (B, O), former option (B,) -> logit of beta_o'(s) (B,), of any option where there was none."""
+        """Normalised obs (B, O), former option (B,) -> logit of beta_o'(s) (B,), unused where there is no o'."""
         return at(self.beta(obs).squeeze(2), former.clamp(min=0))
 
     def log_prob(self, mean: torch.Tensor, option: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
@@ -208,7 +207,7 @@ class Actor(nn.Module):
         return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum(1)[option].mean()
 
     def sample(self, obs: torch.Tensor, noise=None, former: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        """Raw obs (B, O), standard normal noise (B, A + 1), former option (B,) as in high() -> a tuple.
+        """Raw obs (B, O), standard normal noise (B, A + 1), former option (B,) as in high() -> three tensors:
 
         Action (B, A) for the environment; unclipped action, former option and option (B, A + 2); option (B,).
         """
@@ -246,15 +245,16 @@ class Actor(nn.Module):
     @torch.no_grad()
     def usage(self, batch: Batch) -> dict[str, torch.Tensor]:
         """What is logged of the options of a rollout."""
-        log_pi, later = self.high(batch.obs, batch.former), batch.former >= 0
+        log_pi, carried = self.high(batch.obs, batch.former), batch.former >= 0  # not an episode's first step
         beta = self.termination(batch.obs, batch.former).sigmoid()
-        counts = batch.option.bincount(minlength=log_pi.shape[1])
+        counts, steps = batch.option.bincount(minlength=log_pi.shape[1]), len(batch.option)
         return {
-            "policy/entropy": self.entropy(batch.option),
+            "policy/entropy": self.entropy(batch.option),  # of pi_L
             "moe/gate_entropy": -(log_pi.exp() * log_pi).sum(1).mean(),
-            "options/beta": (beta * later).sum() / later.sum().clamp(min=1),
-            "options/length": len(later) / (batch.option != batch.former).sum().clamp(min=1),  # steps till another one
-            **{f"moe/usage_{k}": count / len(later) for k, count in enumerate(counts)},
+            "options/beta": (beta * carried).sum() / carried.sum().clamp(min=1),
+            "options/length": steps
+            / (batch.option != batch.former).sum().clamp(min=1),  # till another, or the end
+            **{f"moe/usage_{k}": count / steps for k, count in enumerate(counts)},
         }
 
 
@@ -263,12 +263,13 @@ class Agent(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.actor = actor = Actor(obs_dim, action_dim, args)
+        self.actor = Actor(obs_dim, action_dim, args)
         self.return_moments = Moments()
         self.memory = []  # of an evaluation: the former option
         self.to(args.device)
-        low = nn.ParameterList([*actor.mean.parameters(), actor.log_std])
-        self.optimizers = [Adam(part, args) for part in (nn.ModuleList([actor.beta, actor.gate]), low, actor.q)]
+        high = nn.ModuleList([self.actor.beta, self.actor.gate])
+        low = nn.ParameterList([*self.actor.mean.parameters(), self.actor.log_std])
+        self.optimizers = [Adam(high, args), Adam(low, args), Adam(self.actor.q, args)]  # of pi_H, pi_L, q
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, policy: str) -> np.ndarray:
@@ -300,35 +301,37 @@ def prepare(agent: Agent, rollout: Rollout, args: Args) -> Batch:
     former, option = options.long().T
     mean, log_pi, q = actor(obs, former)
     _, next_log_pi, next_q = actor(next_obs, option)
-    high, next_high = ((p.exp() * x).sum(1).view_as(reward) for p, x in ((log_pi, q), (next_log_pi, next_q)))
-    low, ends = at(q, option).view_as(reward), rollout.done.bool()
-    ends[-1] = True  # elsewhere the low MDP's next state has the option of the next row
+    high = (log_pi.exp() * q).sum(1).view_as(reward)  # v_H(o', s) (T, N)
+    next_high = (next_log_pi.exp() * next_q).sum(1).view_as(reward)  # v_H(o, s')
+    low = at(q, option).view_as(reward)  # v_L(s, o)
+    ends = rollout.done.bool()  # the next row has the option of s', but not where the episode or the rollout ends
+    ends[-1] = True
     next_low = torch.where(ends, next_high, low.roll(-1, 0))
-    pairs = ((high, next_high), (low, next_low))
-    advantage = [gae(reward, value, next_value, rollout.terminated, rollout.done, args) for value, next_value in pairs]
-    advantage = torch.stack(advantage, 2).flatten(0, 1)  # (T N, 2)
+    high_advantage = gae(reward, high, next_high, rollout.terminated, rollout.done, args)
+    low_advantage = gae(reward, low, next_low, rollout.terminated, rollout.done, args)
+    advantage = torch.stack([high_advantage, low_advantage], 2).flatten(0, 1)  # (T N, 2)
     target = advantage + torch.stack([high, low], 2).flatten(0, 1)
     log_prob = torch.stack([at(log_pi, option), actor.log_prob(mean, option, action)], 1)
     actor.normalize.update(rollout.obs.flatten(0, 1))
-    return Batch(obs, action, former, option, log_prob, advantage, target)
+    return Batch(obs, action, former, option, log_pi.exp(), log_prob, advantage, target)
 
 
 def learn(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     """Improves pi_H, then pi_L, or the other way round. Returns what passes() returns of each, and diagnostics."""
-    number = args.update_epochs // 2 if args.high_epochs is None else args.high_epochs
-    numbers = [(i, number) for i, number in enumerate((number, args.update_epochs - number)) if number]
-    metrics = {}
-    for j in torch.randperm(len(numbers)).tolist():
-        i, number = numbers[j]
-        rows = (batch.log_prob[:, i], batch.advantage[:, i], batch.target[:, i])
-        metrics |= passes(agent, Batch(*batch[:4], *rows), args, MDPS[i], number)
+    high = args.update_epochs // 2 if args.high_epochs is None else args.high_epochs
+    epochs, metrics = (high, args.update_epochs - high), {}
+    learned = [i for i in range(2) if epochs[i]]
+    for j in torch.randperm(len(learned)).tolist():
+        i = learned[j]
+        columns = {name: getattr(batch, name)[:, i] for name in ("log_prob", "advantage", "target")}
+        metrics |= passes(agent, batch._replace(**columns), args, MDPS[i], epochs[i])
     return metrics | agent.actor.usage(batch)
 
 
-def passes(agent: Agent, batch: Batch, args: Args, mdp: str, number: int) -> dict[str, torch.Tensor]:
+def passes(agent: Agent, batch: Batch, args: Args, mdp: str, epochs: int) -> dict[str, torch.Tensor]:
     """Passes of updates on shuffled minibatches. Returns the means of what update() returns, and the KL divergence."""
     metrics = []
-    for _ in range(number):
+    for _ in range(epochs):
         rows = torch.randperm(len(batch.obs)).view(args.num_minibatches, -1).to(args.device)
         shuffled = Batch(*(x[rows] for x in batch))  # (minibatches, B, ...)
         std, mean = torch.std_mean(shuffled.advantage, 1, keepdim=True)
@@ -345,19 +348,19 @@ def passes(agent: Agent, batch: Batch, args: Args, mdp: str, number: int) -> dic
 
 
 def update(agent: Agent, batch: Batch, args: Args, mdp: str) -> dict[str, torch.Tensor]:
-    """A gradient step on a minibatch of one MDP; no host synchronisation. Returns detached scalars, and log r (B,)."""
+    """A step of one MDP's policy and one of q; no host synchronisation. Returns detached scalars, and log r (B,)."""
     actor, q = agent.actor, agent.actor.q(batch.obs).squeeze(1)  # (B, K)
     if mdp == "high":
         log_pi = actor.high(batch.obs, batch.former)  # (B, K)
         log_prob = at(log_pi, batch.option)
         entropy, ent_coef = -(log_pi.exp() * log_pi).sum(1).mean(), args.high_ent_coef
-        value = (log_pi.detach().exp() * q).sum(1)  # v_H(o', s) (B,)
+        value = (batch.high * q).sum(1)  # v_H(o', s) (B,) of pi_H when acting, as the target has it
     else:
         log_prob = actor.log_prob(actor.mean(batch.obs), batch.option, batch.action)
         entropy, ent_coef = actor.entropy(batch.option), args.ent_coef
         value = at(q, batch.option)  # v_L(s, o) (B,)
 
-    # Actor: maximise E[min(r A, clip(r, 1 - eps, 1 + eps) A)], r = pi_H(o|o',s) or pi_L(a|s,o) over that when acting.
+    # Actor: maximise E[min(r A, clip(r, 1 - eps, 1 + eps) A)]; r: pi_H or pi_L, over its value when acting
     # Where r A is the smaller, the gradient is that of (r A) log pi with r A held fixed; elsewhere it is zero.
     with torch.no_grad():
         log_ratio = log_prob - batch.log_prob

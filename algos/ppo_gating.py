@@ -10,10 +10,11 @@
 #     "numpy>=2.0,<3",
 # ]
 # ///
-"""PPO with a gating operation: a gate averages K experts into one Gaussian. The rival of PMOE that is no mixture.
+"""PPO with a gating operation: a gate averages K experts into one Gaussian. A rival of PMOE; not a mixture.
 
 Paper   Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347.
-Rival   of Ren et al. 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning", 2104.09122.
+Rival   of PMOE in Ren et al. 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning",
+        arXiv 2104.09122.
 Policy  a ~ N(mu(s), sigma(s)^2), mu = sum_k w_k mu_k, sigma = sum_k w_k sigma_k: one mode, as in ppo.py. The
         environment receives clip(a, -1, 1).
 
@@ -22,13 +23,13 @@ Run       python algos/ppo_gating.py                                 # target-re
           torchrun --nproc_per_node=2 algos/ppo_gating.py            # the environments split over two processes
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
-What differs from ppo.py is the actor, and how sure each choice is:
+What differs from ppo.py is the actor; in brackets, where each choice comes from:
 1. K experts (PMOE: primitives), each a mean on one trunk and a log sigma_k, and a gate w = softmax. PMOE's paper names
-   this rival; its definition was not to be had. Averaged means are public code: ActorMoE of amp-rsl-rl, and what UHC
-   and PHC call MCP. ActorMoE has one sigma for all experts and states: --std shared. To average the sigmas as well is
-   ours.
+   this rival; we could not obtain its definition. Public code averages means: ActorMoE in amp-rsl-rl, and, under the
+   name MCP, the humanoid controllers UHC and PHC. ActorMoE has one sigma for all experts and states: --std shared. To
+   average the sigmas as well is ours.
 2. One draw for all experts (ours): independent draws, averaged, would shrink sigma, down to sigma / sqrt(K).
-3. Gate and experts learn by PPO's own gradient through mu and sigma; the gate is not detached (as in ActorMoE).
+3. PPO's gradient reaches experts and gate alike, through mu and sigma (as in ActorMoE).
 4. Four experts; the gate is linear in the normalised observation, its gain 0.01: as in ppo_pmoe.py (ours).
 With one expert this is ppo.py, bit for bit.
 Letters in shape comments: T steps, N environments, B batch, K experts, O observation size, A action dimensions, H
@@ -154,7 +155,7 @@ class Actor(nn.Module):
         self.normalize = Moments(obs_dim)
         self.trunks = Trunks(obs_dim)
         self.mean, self.value = Head(64, args.num_experts * action_dim, gain=0.01), Head(64, 1, gain=1.0)
-        several = args.num_experts > 1  # one has no gate, and then this is ppo.py bit for bit
+        several = args.num_experts > 1  # one expert has no gate: this is ppo.py, bit for bit
         self.log_std = nn.Parameter(torch.zeros(self.shape if several and args.std == "state" else action_dim))
         self.gate = Head(obs_dim, args.num_experts, gain=0.01) if several else None
 
@@ -166,10 +167,13 @@ class Actor(nn.Module):
         return mean, self.log_std, log_w, value
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Normalised obs (B, O) -> mean sum_k w_k mu_k (B, A), log of sigma = sum_k w_k sigma_k (B, A), value (B,)."""
+        """Normalised obs (B, O) -> mean sum_k w_k mu_k (B, A), log of sigma = sum_k w_k sigma_k (B, A), value (B,).
+
+        With --std shared log sigma is (A,).
+        """
         mean, log_std, log_w, value = self.experts(obs)
         log_w = log_w.unsqueeze(2)  # (B, K, 1)
-        if log_std.ndim == 2:
+        if log_std.ndim == 2:  # --std state: (K, A)
             log_std = (log_w + log_std).logsumexp(1)
         return (log_w.exp() * mean).sum(1), log_std, value
 
@@ -195,7 +199,8 @@ class Actor(nn.Module):
     @torch.no_grad()
     def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is logged of the policy after learning: means over normalised obs (B, O)."""
-        (mean, _, log_w, _), (_, log_std, _) = self.experts(obs), self(obs)
+        mean, _, log_w, _ = self.experts(obs)
+        _, log_std, _ = self(obs)
         mean, w = mean.clamp(-1, 1), log_w.exp()
         # cdist's default is inexact for more than 25 experts; the diagonal has to be 0
         distance = torch.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist")  # (B, K, K)

@@ -10,7 +10,7 @@
 #     "numpy>=2.0,<3",
 # ]
 # ///
-"""PPO with multiplicative compositional policies (MCP): K Gaussians multiplied into one, each to the power of a gate.
+"""PPO with multiplicative compositional policies (MCP): a product of K Gaussians, each to the power of its weight.
 
 Paper   Peng, Chang, Zhang, Abbeel and Levine 2019, "MCP: Learning Composable Hierarchical Control with Multiplicative
         Compositional Policies", arXiv 1905.09808. What it calls a primitive is an expert here.
@@ -24,10 +24,11 @@ Run       python algos/ppo_mcp.py                                 # target-reach
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
 What differs from ppo.py is the actor:
-1. K = 8 experts, means on one trunk, and a gate w = sigmoid, which is not normalised (both of the paper). The weights
-   of --gate softmax sum to 1 (ours): with one expert this is ppo.py. The paper's rival "MOE" is an additive mixture.
+1. K = 8 experts, means on one trunk, and a gate w = sigmoid, which is not normalised (both as in the paper). The
+   weights of --gate softmax sum to 1 (ours): with one expert this is ppo.py, but for the clamp and the random numbers
+   that the gate's first weights take. The paper's rival "MOE" is an additive mixture.
 2. The paper's sigma is the variance. Two public copies take it for the standard deviation, which is another policy.
-Where this differs from the paper, by our choice unless it says otherwise:
+Where this differs from the paper, by our choice:
 1. There, primitives are trained on reference motions, then frozen, and a new gate learns each task. Here experts and
    gate learn one task from the start, end to end: what is compared is the form of the policy, not the transfer.
 2. There, the gate alone sees the goal. Here gate and experts get the same normalised observation.
@@ -153,7 +154,7 @@ class Actor(nn.Module):
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
         self.shape = args.num_experts, action_dim
-        self.noise_dim = action_dim  # normal numbers that one action takes, the same for all experts
+        self.noise_dim = action_dim  # normal numbers that one action takes
         self.normalize = Moments(obs_dim)
         self.trunks = Trunks(obs_dim)
         self.mean, self.value = Head(64, args.num_experts * action_dim, gain=0.01), Head(64, 1, gain=1.0)
@@ -198,9 +199,10 @@ class Actor(nn.Module):
     @torch.no_grad()
     def diagnostics(self, obs: torch.Tensor) -> dict[str, torch.Tensor]:
         """What is logged of the policy after learning: means over normalised obs (B, O)."""
-        (mean, _, log_w, _), (_, log_std, _) = self.experts(obs), self(obs)
+        mean, _, log_w, _ = self.experts(obs)
+        _, log_std, _ = self(obs)
         mean, w = mean.clamp(-1, 1), log_w.exp()
-        share = w / w.sum(1, keepdim=True)
+        share = log_w.softmax(1)  # weights that add up to 1
         # cdist's default is inexact for more than 25 experts; the diagonal has to be 0
         distance = torch.cdist(mean, mean, compute_mode="donot_use_mm_for_euclid_dist")  # (B, K, K)
         return {
@@ -208,7 +210,7 @@ class Actor(nn.Module):
             "policy/entropy": self.entropy(log_std),
             "moe/gate_entropy": torch.special.entr(share).sum(1).mean(),
             "moe/expert_distance": distance.mean() * (w.shape[1] / max(w.shape[1] - 1, 1)),
-            **{f"moe/usage_{k}": weight for k, weight in enumerate(w.mean(0))},
+            **{f"moe/usage_{k}": weight for k, weight in enumerate(w.mean(0))},  # of a sigmoid no shares
         }
 
 

@@ -10,7 +10,7 @@
 #     "numpy>=2.0,<3",
 # ]
 # ///
-"""SAC with a gating operation: a gate averages K experts into one Gaussian. The rival of PMOE that is no mixture.
+"""SAC with a gating operation: a gate averages K experts into one Gaussian. A rival of PMOE; not a mixture.
 
 Paper   Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905.
 Rival   of PMOE in Ren et al. 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning",
@@ -21,23 +21,16 @@ Run       python algos/sac_gating.py                                 # target-re
           python algos/sac_gating.py --env-id HalfCheetah-v5 --num-experts 2 --learning-starts 5000 --alpha-init 1
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
-What differs from sac.py is the actor, and how sure each choice is:
+What differs from sac.py is the actor; in brackets, where each choice comes from:
 1. K experts (PMOE: primitives), each a mean and a standard deviation, and a gate w = softmax on one trunk. PMOE's paper
-   names this rival; its definition was not to be had. Averaged means are public code: ActorMoE of amp-rsl-rl, and what
-   UHC and PHC call MCP. Standard deviations averaged by the same weights are ours; ActorMoE has one for all experts.
+   names this rival; we could not obtain its definition. Public code averages means: ActorMoE in amp-rsl-rl, and, under
+   the name MCP, the humanoid controllers UHC and PHC. To average the standard deviations by the same weights is ours;
+   ActorMoE has one for all experts.
 2. All experts share one noise (ours): independent draws, averaged, would shrink sigma, down to sigma / sqrt(K).
 3. Gate and experts learn by SAC's own gradient through mu and sigma, and the gate shapes the trunk, too (ours).
-4. Four experts, the trunk and one head for all: as in sac_pmoe.py (ours). With one expert this is sac.py.
-Where SAC differs from its paper, here as in sac.py:
-1. Actions live in [-1, 1] (RescaleAction), so no action scale enters log pi; tanh's correction is in its stable form.
-2. Both critics are one batched network; in the actor's step their weights get no gradient. Same result, less work.
-3. Every episode is reset with its own seed, made from the run's seed and the episode's number.
-4. The temperature's loss multiplies log alpha, not alpha, as in the authors' code.
-5. The temperature starts at --alpha-init 0.1, not 1 (Stable-Baselines3 offers this as ent_coef="auto_0.1"). At 1 the
-   entropy of all steps to come is worth up to 2 log 2 / (1 - gamma) = 139 on the default task, which has two action
-   dimensions: more than the 100 for reaching the target.
-6. It begins with 10,000 random steps without an update, not 1,000, because the default task's target is rarely met.
-The default task, from the PMOE paper, is made easier: obstacles cost 10, not 100; the bonus for speed is 0.3, not 0.1.
+4. Four experts, the trunk and one head for all: as in sac_pmoe.py (ours).
+With one expert and equal weights this is sac.py.
+All else, the eased default task included, is as in sac.py, whose docstring says where it differs from its paper.
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """
 
@@ -111,7 +104,7 @@ def tanh_gaussian(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tens
     return u.tanh(), (log_normal - 2 * (math.log(2) - u - nn.functional.softplus(-2 * u))).sum(-1)
 
 
-def average(mean: torch.Tensor, log_std: torch.Tensor, log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def blend(mean: torch.Tensor, log_std: torch.Tensor, log_w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Experts (B, K, A) and log weights (B, K) -> mean sum_k w_k mu_k and log of sigma = sum_k w_k sigma_k, (B, A)."""
     log_w = log_w[..., None]  # (B, K, 1)
     return (log_w.exp() * mean).sum(1), (log_w + log_std).logsumexp(1)
@@ -137,7 +130,7 @@ class Actor(nn.Module):
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (B, O) -> mean (B, A), log_std (B, A)."""
-        return average(*self.experts(obs))
+        return blend(*self.experts(obs))
 
     def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """obs (B, O) -> reparameterised action (B, A) in [-1, 1], its log-probability (B,)."""
@@ -217,7 +210,7 @@ def update(agent: Agent, batch: "Batch", args: Args) -> dict[str, torch.Tensor]:
 
     # Actor: minimise E[alpha log pi(a|s) - min_i Q_i(s, a)], a reparameterised
     means, log_stds, log_w = agent.actor.experts(batch.obs)  # (B, K, A), (B, K, A), (B, K)
-    mean, log_std = average(means, log_stds, log_w)  # (B, A) each
+    mean, log_std = blend(means, log_stds, log_w)  # (B, A) each
     action, log_prob = tanh_gaussian(mean, log_std)
     actor_loss = (alpha * log_prob - agent.critic(batch.obs, action).amin(0)).mean()
     descend(actor_loss, agent.actor_optimizer)

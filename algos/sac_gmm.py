@@ -18,18 +18,19 @@ Run       python algos/sac_gmm.py                                 # target-reach
           python algos/sac_gmm.py --env-id HalfCheetah-v5 --num-experts 2 --learning-starts 5000 --alpha-init 1
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
-What differs from sac_pmoe.py, and how sure each choice is:
+What differs from sac_pmoe.py; in brackets, where each choice comes from:
 1. Gate and experts minimise one objective, SAC's: E f(a), f(a) = alpha log pi(a|s) - min_i Q_i(s, a). There is no best
    expert and no frequency loss, and the gate is not detached from the trunk.
-2. --gradient, from one draw a_k = tanh(u_k) of each expert and k ~ w; sg stops the gradient:
-   marginal  sum_k w_k f(a_k). Unbiased (public code: Explainable-RL-Dynamic-Mixture-Policies; and arXiv 2605.09157).
+2. --gradient, from one draw a_k = tanh(u_k) of each expert and k = argmax(log w + g) ~ w, g Gumbel noise; sg stops the
+   gradient. The first two take K critic passes with gradients and, for the mixture's log pi, K^2 densities.
+   marginal  sum_k w_k f(a_k), unbiased (arXiv 2605.09157; code of Explainable-RL-Dynamic-Mixture-Policies).
    score     sg[f(a_k) - b] log w_k + f(a_k), the score-ratio trick. b = sum_j w_j f(a_j) leaves it unbiased (derived).
    gumbel    f(tanh(sum_k z_k u_k)), z = onehot(k) + y - sg[y], y = softmax((log w + g) / temperature): straight-through
              (Jang et al. 2017, arXiv 1611.01144), temperature 1 (ours). Biased for the gate, not for the experts.
 3. log pi is the mixture's in target, actor and temperature (ours). --entropy component is PMOE's log N_k of the drawn
-   expert: an entropy that is lower by up to H(w), the more the experts differ.
-4. log sigma_k is at least -10, not -20 (ours): below, (u - mu_k) / sigma_k is rounding noise in float32.
-The rest is as in sac_pmoe.py: K = 4, one trunk, what acts without noise, the start of temperature and replay, the task.
+   expert, an entropy that is lower, by at most that of the gate, H(w); by less where experts overlap.
+4. log sigma_k is at least -10, not -20 (ours): at -20, (u - mu_k) / sigma_k would be nothing but rounding error.
+The rest is as in sac_pmoe.py: K = 4, one trunk, the policies without noise, first temperature, random steps, the task.
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """
 
@@ -90,10 +91,10 @@ class Args:
     q_lr: float = 3e-4  # Adam's step size for the critics and the temperature
     alpha_init: float = 0.1  # temperature at the start; sac.py's docstring says why
     num_experts: int = 4  # K; the paper's Fig. 1: HalfCheetah 2, Humanoid and HumanoidStandup 10
-    gradient: Literal["marginal", "score", "gumbel"] = "marginal"  # of the actor
-    entropy: Literal["mixture", "component"] = "mixture"  # of what the temperature holds
-    baseline: Literal["draws", "none"] = "draws"  # b of --gradient score; none: 0
-    gumbel_temperature: float = 1.0  # of --gradient gumbel
+    gradient: Literal["marginal", "score", "gumbel"] = "marginal"  # how the actor's loss is differentiated
+    entropy: Literal["mixture", "component"] = "mixture"  # whose log pi: the mixture's, or the drawn expert's
+    baseline: Literal["draws", "none"] = "draws"  # with --gradient score: b = sum_j w_j f(a_j), or 0
+    gumbel_temperature: float = 1.0  # with --gradient gumbel: of its softmax
 
 
 def tanh_log_prob(u: torch.Tensor, mean: torch.Tensor, log_std: torch.Tensor) -> torch.Tensor:
@@ -131,7 +132,7 @@ class Actor(nn.Module):
         return mean, log_std.clamp(-10, 2), self.gate(h).log_softmax(1)
 
     def sample(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """obs (B, O) -> action (B, A) of an expert k ~ w(s), its log-probability (B,) under all or that one."""
+        """obs (B, O) -> action (B, A) of an expert k ~ w(s), its log-probability (B,), see --entropy."""
         mean, log_std, log_w = self(obs)
         k = (log_w + gumbel_like(log_w)).argmax(1)  # (B,)
         u = pick(mean, k)
@@ -145,7 +146,8 @@ class Actor(nn.Module):
         if policy == "stochastic":
             return self.sample(obs)[0]
         mean, _, log_w = self(obs)
-        return pick(mean, (log_w if policy == "deterministic" else log_w + gumbel_like(log_w)).argmax(1)).tanh()
+        score = log_w if policy == "deterministic" else log_w + gumbel_like(log_w)
+        return pick(mean, score.argmax(1)).tanh()
 
 
 class Critic(nn.Module):
@@ -220,23 +222,27 @@ def update(agent: Agent, batch: "Batch", args: Args) -> dict[str, torch.Tensor]:
     w, noisy = log_w.exp(), log_w + gumbel_like(log_w)  # (B, K)
     k = noisy.argmax(1, keepdim=True)  # (B, 1), k ~ w
     u = mean + log_std.exp() * torch.randn_like(mean)  # (B, K, A)
-    log_prob = tanh_log_prob(u, mean, log_std)  # (B, K)
-    if args.gradient == "gumbel":  # the drawn expert's in value, weighted by a softmax in the gradient
+    if args.entropy == "component":
+        log_prob = tanh_log_prob(u, mean, log_std)  # log N_k of its own draw (B, K)
+    if args.gradient == "gumbel":  # straight-through: z is the one-hot of k, the gate's gradient that of the softmax y
         y = (noisy / args.gumbel_temperature).softmax(1)
         z = torch.zeros_like(y).scatter_(1, k, 1.0) + (y - y.detach())  # (B, K)
-        u, log_prob = (z[..., None] * u).sum(1, keepdim=True), (z * log_prob).sum(1, keepdim=True)  # (B, 1, A), (B, 1)
-    if args.entropy == "mixture":  # (B, K), of Gumbel (B, 1)
+        u = (z[..., None] * u).sum(1, keepdim=True)  # (B, 1, A)
+        if args.entropy == "component":
+            log_prob = (z * log_prob).sum(1, keepdim=True)  # (B, 1)
+    if args.entropy == "mixture":  # log pi of each u (B, K), of Gumbel (B, 1)
         log_prob = (log_w[:, None] + tanh_log_prob(u[:, :, None], mean[:, None], log_std[:, None])).logsumexp(2)
     f = alpha * log_prob - agent.critic(batch.obs, u.tanh()).amin(0)  # (B, K), of Gumbel (B, 1)
-    value = f if args.gradient == "gumbel" else (w * f).sum(1, keepdim=True)  # (B, 1)
+    mean_f = f if args.gradient == "gumbel" else (w * f).sum(1, keepdim=True)  # (B, 1)
+    loss = mean_f  # (B, 1)
     if args.gradient == "score":
-        f_k, baseline = f.gather(1, k), value if args.baseline == "draws" else 0
-        value = (f_k - baseline).detach() * log_w.gather(1, k) + f_k
-    actor_loss = value.mean()
-    descend(actor_loss, agent.actor_optimizer)
+        baseline = mean_f if args.baseline == "draws" else 0
+        f_k = f.gather(1, k)  # (B, 1)
+        loss = (f_k - baseline).detach() * log_w.gather(1, k) + f_k
+    descend(loss.mean(), agent.actor_optimizer)
 
     # Temperature: minimise -log alpha (log pi + target entropy), which raises alpha while the entropy is too low
-    entropy = -(w * log_prob).detach().sum(1).mean()  # of Gumbel log_prob itself: weights add up to 1
+    entropy = -(w * log_prob).detach().sum(1).mean()  # Gumbel's one log_prob has the weight sum_k w_k = 1
     alpha_loss = agent.log_alpha * (entropy - agent.target_entropy)
     descend(alpha_loss, agent.alpha_optimizer)
 
@@ -245,7 +251,7 @@ def update(agent: Agent, batch: "Batch", args: Args) -> dict[str, torch.Tensor]:
         distance = (mean.tanh()[:, :, None] - mean.tanh()[:, None]).norm(dim=3)  # (B, K, K), 0 on the diagonal
     return {
         "losses/critic": critic_loss.detach(),
-        "losses/actor": actor_loss.detach(),
+        "losses/actor": mean_f.detach().mean(),  # of every gradient the same: an estimate of E f
         "losses/alpha": alpha_loss.detach(),
         "policy/alpha": alpha,
         "policy/entropy": entropy,

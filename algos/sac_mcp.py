@@ -21,26 +21,18 @@ Run       python algos/sac_mcp.py                                 # target-reach
           python algos/sac_mcp.py --env-id HalfCheetah-v5 --num-experts 8 --learning-starts 5000 --alpha-init 1
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
-What differs from sac.py is the actor, and how sure each choice is:
+What differs from sac.py is the actor; in brackets, where each choice comes from:
 1. K experts (the paper: primitives), each a mean and a standard deviation, and a gate on one trunk. The gate is
-   w = sigmoid and not normalised, its weights are exponents (paper). The paper's sigma is a variance; some public
-   copies take it for the standard deviation, which is another policy. --gate softmax is ours.
+   w = sigmoid, not normalised; its weights are exponents (paper). The paper's sigma is a variance; two public copies
+   take it for the standard deviation, which is another policy. --gate softmax is ours. So is a product before tanh; of
+   squashed densities it would be another policy.
 2. Experts and gate learn together, on one task (ours). In the paper the gate alone sees the goal, and experts are
-   learned on other tasks, by PPO, and then fixed; it has eight of them, here are four, as in sac_pmoe.py (ours).
+   learned on other tasks, by PPO, and then fixed. The paper has eight experts; here there are four, as in sac_pmoe.py.
 3. Weights of 1/2, where a sigmoid starts, make sigma sqrt(2 / K) times sigma_k. So sigma_k starts at sqrt(K / 2), not
    at 1 (ours).
 4. Of the product, not of each expert, log sigma is clamped, to [-5, 2] instead of [-20, 2] (ours).
-One expert under --gate softmax is sac.py, but for this clamp.
-Where SAC differs from its paper, here as in sac.py:
-1. Actions live in [-1, 1] (RescaleAction), so no action scale enters log pi; tanh's correction is in its stable form.
-2. Both critics are one batched network; in the actor's step their weights get no gradient. Same result, less work.
-3. Every episode is reset with its own seed, made from the run's seed and the episode's number.
-4. The temperature's loss multiplies log alpha, not alpha, as in the authors' code.
-5. The temperature starts at --alpha-init 0.1, not 1 (Stable-Baselines3 offers this as ent_coef="auto_0.1"). At 1 the
-   entropy of all steps to come is worth up to 2 log 2 / (1 - gamma) = 139 on the default task, which has two action
-   dimensions: more than the 100 for reaching the target.
-6. It begins with 10,000 random steps without an update, not 1,000, because the default task's target is rarely met.
-The default task, from the PMOE paper, is made easier: obstacles cost 10, not 100; the bonus for speed is 0.3, not 0.1.
+With one expert, --gate softmax and equal weights this is sac.py, but for this clamp.
+All else, the eased default task included, is as in sac.py, whose docstring says where it differs from its paper.
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """
 
@@ -133,8 +125,9 @@ class Actor(nn.Module):
         self.head = nn.Linear(hidden, 2 * args.num_experts * action_dim)
         self.gate = nn.Linear(hidden, args.num_experts)
         self.sigmoid = args.gate == "sigmoid"
-        if self.sigmoid:  # then the weights start with a sum of K / 2
-            self.head.bias.data.view(2, -1)[1] += 0.5 * math.log(args.num_experts / 2)
+        if self.sigmoid:  # its weights start near 1/2: sigma_k near sqrt(K / 2) makes sigma near 1
+            with torch.no_grad():
+                self.head.bias.view(2, -1)[1] += 0.5 * math.log(args.num_experts / 2)
 
     def experts(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """obs (B, O) -> mean (B, K, A), log_std (B, K, A), log_w (B, K)."""
@@ -249,7 +242,7 @@ def update(agent: Agent, batch: "Batch", args: Args) -> dict[str, torch.Tensor]:
         "policy/std": log_std.detach().exp().mean(),
         "moe/gate_entropy": torch.special.entr(share).sum(1).mean(),
         "moe/expert_distance": distance.mean() * (w.shape[1] / max(w.shape[1] - 1, 1)),
-        **{f"moe/usage_{k}": weight for k, weight in enumerate(w.mean(0))},
+        **{f"moe/usage_{k}": weight for k, weight in enumerate(w.mean(0))},  # of a sigmoid no shares
     }
 
 

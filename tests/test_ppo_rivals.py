@@ -437,14 +437,15 @@ def test_gradients_of_options_equal_the_textbook(dac, mdp, monkeypatch):
     obs, action, *columns = make_batch(ppo_like(dac))
     former, option = torch.arange(64) % 4 - 1, torch.arange(64) % 3
     columns[0] = columns[0] + (1.5 if mdp == "high" else 0)  # about log pi_H, so that only some are clipped
-    batch = dac.Batch(obs, action, former, option, *columns)
+    high = torch.randn(64, 3).softmax(1)  # pi_H when acting
+    batch = dac.Batch(obs, action, former, option, high, *columns)
     fast, metrics = gradients(dac, agent, batch, args, monkeypatch, mdp)
     actor, rows = agent.actor, torch.arange(64)
     q = actor.q(obs)[:, 0]
     if mdp == "high":
         p = actor.high(obs, former).exp()
         log_prob, entropy, coef = p[rows, option].log(), -(p * p.log()).sum(1).mean(), 0.2
-        value = (p.detach() * q).sum(1)
+        value = (high * q).sum(1)
     else:
         policy = Independent(Normal(actor.mean(obs)[rows, option], actor.log_std[option].exp()), 1)
         log_prob, entropy, coef, value = policy.log_prob(action), policy.entropy().mean(), 0.1, q[rows, option]
@@ -470,7 +471,7 @@ def test_usage_of_options_by_hand(dac):
     agent.actor.beta.b3.data[:] = torch.tensor([[[math.log(1 / 3)]], [[math.log(3.0)]]])  # beta 1/4 and 3/4
     former, option = torch.tensor([-1, 0, 0, 0, 0, 1]), torch.tensor([0, 0, 0, 0, 1, 1])
     zero = torch.zeros(6, 2)
-    found = agent.actor.usage(dac.Batch(torch.randn(6, 3), zero, former, option, zero, zero, zero))
+    found = agent.actor.usage(dac.Batch(torch.randn(6, 3), zero, former, option, zero, zero, zero, zero))
     h = [-p * math.log(p) - (1 - p) * math.log(1 - p) for p in (1 / 2, 7 / 8, 5 / 8)]  # pi_W; that of staying with 0, 1
     assert found["moe/gate_entropy"].item() == pytest.approx((h[0] + 4 * h[1] + h[2]) / 6)
     assert found["options/beta"].item() == pytest.approx((4 / 4 + 3 / 4) / 5)
@@ -509,7 +510,7 @@ def test_no_update_synchronises(name, mdp):
     agent = script.Agent(3, 2, args)
     batch = make_batch(ppo_like(script))
     if mdp:
-        batch = (*batch[:2], torch.arange(64) % 4 - 1, torch.arange(64) % 4, *batch[2:])
+        batch = (*batch[:2], torch.arange(64) % 4 - 1, torch.arange(64) % 4, torch.ones(64, 4) / 4, *batch[2:])
     with NoSynchronisation():
         script.update(agent, script.Batch(*batch), args, *mdp)
 
