@@ -35,7 +35,9 @@ class Suite(NamedTuple):
     runs: dict[str, str]  # label -> script, and the flags that make the label
 
 
-TARGET_REACHING = "TargetReaching-v0-fixed"  # the default task of the scripts
+TARGET_REACHING = "TargetReaching-v0-fixed"
+FIXED = "--env-id moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10&speed_bonus=0.3"
+FIXED += " --total-timesteps 40000 --learning-starts 10000 --eval-every 2500 --num-threads 1"
 HALFCHEETAH = "--env-id HalfCheetah-v5 --total-timesteps 100000 --eval-every 10000"
 HALFCHEETAH += " --learning-starts 5000 --alpha-init 1 --num-threads 1"  # the usual settings of SAC
 
@@ -99,7 +101,7 @@ def moe_suites() -> dict[str, Suite]:
 SUITES = {
     "target-reaching": Suite(
         TARGET_REACHING,
-        "--eval-every 2500 --num-threads 1",
+        FIXED,
         range(1, 6),
         {
             "sac": "sac",
@@ -110,7 +112,7 @@ SUITES = {
     ),
     "target-reaching-variants": Suite(
         TARGET_REACHING,
-        "--eval-every 2500 --num-threads 1",
+        FIXED,
         range(1, 4),
         {
             "sac_pmoe-fresh": "sac_pmoe --selection fresh",
@@ -180,7 +182,10 @@ SUITES |= {
         reaching("penalty10", EASED.format("fixed"), PATIENT, range(1, 7)),
         reaching("penalty10", EASED.format("fixed"), PATIENT, range(7, 11), some("sac_pmoe", "sac_pmoe-means")),
     ],
-    "reaching-mirror": reaching("mirror", EASED.format("mirror"), PATIENT, range(1, 7)),
+    "reaching-mirror": [
+        reaching("mirror", EASED.format("mirror"), PATIENT, range(1, 7)),
+        reaching("mirror", EASED.format("mirror"), PATIENT, range(7, 11), some("sac_pmoe", "sac_pmoe-means")),
+    ],
     "reaching-exploration": reaching(
         "exploration", "layout=random", f"{UNTOUCHED} 10000", range(1, 11), some("sac", "sac_pmoe")
     ),
