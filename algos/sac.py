@@ -27,8 +27,8 @@ Where this differs from the paper:
 5. The temperature starts at --alpha-init 0.1, not 1 (Stable-Baselines3 offers this as ent_coef="auto_0.1"). At 1 the
    entropy of all steps to come is worth up to 2 log 2 / (1 - gamma) = 139 on the default task, which has two action
    dimensions: more than the 100 for reaching the target.
-6. It begins with 10,000 random steps without an update, not 1,000, because the default task's target is rarely met.
-The default task, from the PMOE paper, is made easier: obstacles cost 10, not 100; the bonus for speed is 0.3, not 0.1.
+6. It begins with 40,000 random steps without an update, not 1,000, because the default task's target is rarely met.
+The default task is target reaching, from the PMOE paper, with one obstacle midway: two ways are equally good (ours).
 Letters in the shape comments: B batch, O observation size, A action dimensions, H hidden units.
 """
 
@@ -65,9 +65,9 @@ from tqdm import tqdm
 
 @dataclasses.dataclass
 class Args:
-    env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10&speed_bonus=0.3"  # id?arguments
+    env_id: str = "moe_envs:TargetReaching-v0?layout=mirror"  # id?arguments
     seed: int = 1  # seed of everything random
-    total_timesteps: int = 40_000  # environment steps
+    total_timesteps: int = 60_000  # environment steps
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to go on with; --total-timesteps can make it longer
     evaluate: str | None = None  # folder of a run, or a policy's file, to evaluate instead of training
@@ -79,7 +79,7 @@ class Args:
     cuda_graph: bool = False  # with --device cuda: the update as one CUDA graph, the same numbers sooner
     num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 2)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
-    learning_starts: int = 10_000  # uniformly random steps before the first update
+    learning_starts: int = 40_000  # uniformly random steps before the first update
     buffer_size: int = 1_000_000  # transitions in the replay
     update_every: int = 1  # environment steps per update
     batch_size: int = 256  # transitions per update

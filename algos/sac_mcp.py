@@ -32,7 +32,7 @@ What differs from sac.py is the actor; in brackets, where each choice comes from
    at 1 (ours).
 4. Of the product, not of each expert, log sigma is clamped, to [-5, 2] instead of [-20, 2] (ours).
 With one expert, --gate softmax and equal weights this is sac.py, but for this clamp.
-All else, the eased default task included, is as in sac.py, whose docstring says where it differs from its paper.
+All else, the default task included, is as in sac.py, whose docstring says where it differs from its paper.
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """
 
@@ -69,9 +69,9 @@ from tqdm import tqdm
 
 @dataclasses.dataclass
 class Args:
-    env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10&speed_bonus=0.3"  # id?arguments
+    env_id: str = "moe_envs:TargetReaching-v0?layout=mirror"  # id?arguments
     seed: int = 1  # seed of everything random
-    total_timesteps: int = 40_000  # environment steps
+    total_timesteps: int = 60_000  # environment steps
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to go on with; --total-timesteps can make it longer
     evaluate: str | None = None  # folder of a run, or a policy's file, to evaluate instead of training
@@ -83,7 +83,7 @@ class Args:
     cuda_graph: bool = False  # with --device cuda: the update as one CUDA graph, the same numbers sooner
     num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 2)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
-    learning_starts: int = 10_000  # uniformly random steps before the first update
+    learning_starts: int = 40_000  # uniformly random steps before the first update
     buffer_size: int = 1_000_000  # transitions in the replay
     update_every: int = 1  # environment steps per update
     batch_size: int = 256  # transitions per update

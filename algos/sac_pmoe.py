@@ -30,7 +30,7 @@ Where this differs from the paper or the authors' code:
 3. Evaluated without noise: tanh(mu_k) of an expert k ~ w (the release) and of that with the largest weight (ours).
 4. --selection: what is compared to find the best expert. `draws`, the paper's form: the very draws that then learn,
    which rewards wide experts. Ours: `fresh` compares other draws, `means` compares tanh(mu_k).
-5. The temperature starts at 0.1 and the first 10,000 steps are random, as in sac.py; the default task is eased, too.
+5. The temperature starts at 0.1 and the first 40,000 steps are random, as in sac.py; so is the default task.
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """
 
@@ -67,9 +67,9 @@ from tqdm import tqdm
 
 @dataclasses.dataclass
 class Args:
-    env_id: str = "moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10&speed_bonus=0.3"  # id?arguments
+    env_id: str = "moe_envs:TargetReaching-v0?layout=mirror"  # id?arguments
     seed: int = 1  # seed of everything random
-    total_timesteps: int = 40_000  # environment steps
+    total_timesteps: int = 60_000  # environment steps
     run_dir: str | None = None  # folder of this run (default: runs/<env>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to go on with; --total-timesteps can make it longer
     evaluate: str | None = None  # folder of a run, or a policy's file, to evaluate instead of training
@@ -81,7 +81,7 @@ class Args:
     cuda_graph: bool = False  # with --device cuda: the update as one CUDA graph, the same numbers sooner
     num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 2)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
-    learning_starts: int = 10_000  # uniformly random steps before the first update
+    learning_starts: int = 40_000  # uniformly random steps before the first update
     buffer_size: int = 1_000_000  # transitions in the replay
     update_every: int = 1  # environment steps per update
     batch_size: int = 256  # transitions per update
@@ -92,7 +92,7 @@ class Args:
     alpha_init: float = 0.1  # temperature at the start; sac.py's docstring says why
     num_experts: int = 4  # K; the paper's Fig. 1: HalfCheetah 2, Humanoid and HumanoidStandup 10
     primitive_update: Literal["max", "all"] = "max"  # back-propagation-max, or -all: every expert learns
-    selection: Literal["draws", "fresh", "means"] = "means"  # what is compared to find the best expert
+    selection: Literal["draws", "fresh", "means"] = "draws"  # what is compared to find the best expert
 
 
 def tanh_gaussian(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

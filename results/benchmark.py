@@ -116,9 +116,6 @@ SUITES = {
         range(1, 4),
         {
             "sac_pmoe-fresh": "sac_pmoe --selection fresh",
-            "sac_pmoe-alpha1": "sac_pmoe --selection draws --alpha-init 1",
-            "sac_pmoe-bonus0.1": "sac_pmoe --selection draws"
-            " --env-id moe_envs:TargetReaching-v0?layout=fixed&obstacle_penalty=-10",
         },
     ),
     "halfcheetah": Suite(
@@ -247,7 +244,8 @@ SUITES |= {
         ppo_mujoco(task, {"ppo": "ppo", "ppo_pmoe-both": experts_of(task, "ppo_pmoe-both")}) for task in PAPER_K
     ],
     "ppo-target-reaching": [
-        Suite("TargetReaching-v0-fixed-ppo", "--eval-every 10000", range(1, 6), REACHING),
+        # the interval that was the default then; a checkpoint ends episodes
+        Suite("TargetReaching-v0-fixed-ppo", "--eval-every 10000 --checkpoint-every 100000", range(1, 6), REACHING),
         Suite("TargetReaching-v0-random-ppo", f"{RANDOM} --eval-episodes 50", range(1, 4), REACHING),
     ],
     "ppo-num-experts": [  # 8 is in ppo-mujoco
