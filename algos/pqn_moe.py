@@ -48,6 +48,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import zipfile
@@ -397,7 +398,7 @@ class Run:
         if saved:
             with exit_on_error(f"--resume {self.folder}", "checkpoint.pt is damaged or of another run"):
                 for name, part in self.parts.items():
-                    part.load_state_dict(saved[name])
+                    part.load_state_dict(saved.pop(name))
                 for rng, state in zip(self.rngs, saved["rng"], strict=True):
                     rng.set_state(state)
                 self.step, self.owed = saved["global_step"], saved["owed"]
@@ -414,6 +415,8 @@ class Run:
         self.first = self.step, time.perf_counter()  # of this process, for steps per second
         self.started = self.first[1] - self.info["wall_time"]
         self.save()
+        # what fails in TensorBoard's own thread is raised again by the next add_scalar()
+        threading.excepthook = lambda x: None if issubclass(x.exc_type, OSError) else threading.__excepthook__(x)
         self.writer = SummaryWriter(self.folder, purge_step=self.step + 1)
         OPEN.callback(self.writer.close)
         print(f"{SCRIPT}.py: {self.info['parameters']:,} parameters; run folder {self.folder}", flush=True)
@@ -452,7 +455,7 @@ class Run:
         """Adds rows to eval.csv, with what measure() found."""
         rows = [evaluate(self.agent, self.args, self.step, policy) | measured for policy in self.policies]
         self.owed = measured if SIGNALS else {}
-        if self.owed:
+        if self.owed or not self.due(self.step, self.args.eval_every):  # a longer run owes nothing at an old end
             return
         for row in rows:
             suffix = "" if row["policy"] == "deterministic" else f"_{row['policy']}"

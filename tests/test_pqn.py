@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import ALGOS, load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 from test_training import NO_GPU, flags, model, same, start
 
 pytest.importorskip("minatar")
@@ -505,11 +507,27 @@ def test_an_evaluation_that_a_signal_cuts_short_is_made_on_resume(script, finish
 
 def test_a_finished_run_can_be_made_longer(pqn, tmp_path):
     words = [*flags(**TINY, exploration_fraction=1e-9), "--no-anneal-lr"]  # both would follow the length
-    pqn.main([*words, "--run-dir", str(tmp_path / "run")])
-    pqn.main(flags(resume=str(tmp_path / "run"), total_timesteps=500))
+    run = pqn.main([*words, "--run-dir", str(tmp_path / "run"), "--total-timesteps", "250"])
+    saved = torch.load(run / "checkpoint.pt", weights_only=True)  # a signal cut its last evaluation short
+    torch.save(saved | {"owed": {"dormant": 0.0, "rank": 1}}, run / "checkpoint.pt")
+    pqn.main(flags(resume=str(run), total_timesteps=500))
     whole = pqn.main([*words, "--run-dir", str(tmp_path / "whole"), "--total-timesteps", "500"])
     assert same(model(whole), model(tmp_path / "run"))
     assert (whole / "eval.csv").read_bytes() == (tmp_path / "run" / "eval.csv").read_bytes()
+
+
+def test_a_full_disk_that_tensorboards_thread_meets_is_one_line(pqn, tmp_path, monkeypatch, capsys):
+    """Its queue holds ten values, so the thread's failure shows while the run goes on."""
+
+    def write(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RecordWriter, "write", write)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # not that of an earlier run
+    with pytest.raises(SystemExit) as stop:
+        train(pqn, tmp_path / "run")
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and error.count("\n") == 1 and "No space left" in error, error
 
 
 @pytest.mark.parametrize("checkpoint_every", [32, 10**6])
