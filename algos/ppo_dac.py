@@ -252,8 +252,7 @@ class Actor(nn.Module):
             "policy/entropy": self.entropy(batch.option),  # of pi_L
             "moe/gate_entropy": -(log_pi.exp() * log_pi).sum(1).mean(),
             "options/beta": (beta * carried).sum() / carried.sum().clamp(min=1),
-            "options/length": steps
-            / (batch.option != batch.former).sum().clamp(min=1),  # till another, or the end
+            "options/length": steps / (batch.option != batch.former).sum().clamp(min=1),  # till another, or the end
             **{f"moe/usage_{k}": count / steps for k, count in enumerate(counts)},
         }
 

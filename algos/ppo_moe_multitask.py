@@ -832,16 +832,10 @@ def write(path: Path, data: bytes | dict):
 
 
 SCRIPT, SIGNALS, OPEN = Path(__file__).stem, [], contextlib.ExitStack()  # Ctrl-C or SIGTERM; what main() closes
-LIMITS = {
-    "slots": (0, 64),
-    "seed": (0, 2**31 - 1),
-    "gamma": (0, 1),
-    "gae_lambda": (0, 1),
-    "ent_coef": (0, 1e12),
-}  # others: positive
+LIMITS = {"seed": (0, 2**31 - 1), "gamma": (0, 1), "gae_lambda": (0, 1), "ent_coef": (0, 1e12)}  # others: positive
 LIMITS |= {"load_balance": (0, 1e12), "num_threads": (1, 4 * (os.cpu_count() or 1))}
 LIMITS |= {name: (1, 10_000) for name in ("num_envs", "num_steps", "eval_episodes")}  # memory
-LIMITS |= {"num_experts": (1, 256), "slots": (0, 1000), "width": (1, 100_000)}
+LIMITS |= {"num_experts": (1, 256), "slots": (0, 64), "width": (1, 100_000)}
 OLDER = {"channels": "shared", "actions": "all", "width": 128}  # what flags that older files lack meant then
 OLDER |= {"freeze_router": False, "adam_reset": True, "anneal_per_phase": True}
 
@@ -882,6 +876,7 @@ def rules(args: Args) -> list[tuple[bool, str]]:
     number, steps, parts = len(args.tasks) or 1, args.num_envs * args.num_steps, args.num_minibatches
     unknown = " ".join(task for task in args.tasks if task not in CHANNELS)
     middle = "middle" in (args.actor_moe, args.critic_moe)
+    learns = args.router != "hardcoded" and {args.actor_moe, args.critic_moe} != {"baseline"}
     cells, useless = middle and args.tokens == "perconv", "has no effect here, leave it out; it goes with"
     near, multitask = max(args.num_envs // number, 1) * number, args.protocol == "multitask"
     equal = f"needs equal parts of a rollout of {steps} steps, at least 2 each; change it, --num-envs or --num-steps"
@@ -891,7 +886,7 @@ def rules(args: Args) -> list[tuple[bool, str]]:
         *mixture_rules(args),
         (args.tokens == "persamp" and not middle, f"--tokens persamp: {useless} the architecture middle"),
         (args.slots != 1 and not (cells and args.router == "softmoe"), f"--slots: {useless} Soft MoE of cells"),
-        (args.freeze_router and args.router == "hardcoded", f"--freeze-router: {useless} a router that learns"),
+        (args.freeze_router and not learns, f"--freeze-router: {useless} a mixture whose router learns"),
         (multitask and not args.adam_reset, f"--no-adam-reset: {useless} --protocol continual"),
         (multitask and not args.anneal_per_phase, f"--no-anneal-per-phase: {useless} --protocol continual"),
         (args.match_params and cells, f"--match-params: {useless} --tokens persamp, experts of cells are small"),

@@ -612,6 +612,7 @@ WRONG_PPO = {
     "width of the experts of cells": (dict(match_params=True), "--tokens persamp"),
     "unequal minibatches": (dict(num_minibatches=7), "--num-minibatches 7"),
     "a router that learns nothing": (dict(freeze_router=True, router="hardcoded"), "--freeze-router"),
+    "no router to freeze": (dict(freeze_router=True, actor_moe="baseline", critic_moe="baseline"), "--freeze-router"),
     "no phases, Adam": (dict(adam_reset=False), "--no-adam-reset"),
     "no phases, annealing": (dict(anneal_per_phase=False), "--no-anneal-per-phase"),
     "minibatches of one": (dict(num_minibatches=64), "at least 2 each; change it, --num-envs or --num-steps"),
