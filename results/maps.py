@@ -15,29 +15,28 @@ from reading import Data
 UNKNOWN = "0.35"  # colour of a path of one Gaussian, or whose acting experts were not recorded
 
 
-def arena(axis, layout: pd.DataFrame):
-    """Start, target and obstacles."""
+def arena(axis, layout: pd.DataFrame, edge: float = measures.EDGE):
+    """Start, target and obstacles, as far as `edge` from the middle."""
     for item in layout.itertuples():
         if item.thing == "start":
             axis.plot(item.x, item.y, "k+", markersize=7)
         else:
             colour = "#9ED8AC" if item.thing == "target" else "#999999"
             axis.add_patch(plt.Circle((item.x, item.y), item.radius, color=colour, zorder=0))
-    edge, middle = measures.EDGE, 0
-    axis.set(xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal", xticks=(-edge, middle, edge))
-    axis.set(yticks=(-edge, middle, edge), xlabel="x", ylabel="y")
+    axis.set(xlim=(-edge, edge), ylim=(-edge, edge), aspect="equal", xticks=(-edge, 0, edge))
+    axis.set(yticks=(-edge, 0, edge), xlabel="x", ylabel="y")
     axis.tick_params(labelsize=7)
     axis.grid(False)
 
 
-def fly(axis, data: Data, panel: str, title: str) -> set[int | None]:
+def fly(axis, edge: float, data: Data, panel: str, title: str) -> set[int | None]:
     """Draws the episodes of one panel of a run, each step in the colour of its expert, and returns these experts.
 
     None stands for one Gaussian or for an expert that was not recorded. An episode ends in a dot in the target, in a
     cross at an obstacle or the wall, in a square at the time limit.
     """
     arrived, experts = [], set()
-    arena(axis, data.layout)
+    arena(axis, data.layout, edge)
     for _, path, arrives in measures.episodes(data, panel):
         points = path[["x", "y"]].to_numpy(float)
         acting = [int(panel[7:])] * len(path) if panel.startswith("expert_") else path.expert
@@ -86,12 +85,13 @@ def paths(data: Data, labels: list[str], alone: dict[str, int], path: Path, one_
     columns = min(5, max(map(len, rows)))
     drawn = [panel for row in rows for panel in [*row, *[None] * (-len(row) % columns)]]
     figure, axes = panels(len(drawn), columns, WIDTH / columns + 0.25)
-    experts = set()
+    farthest = max(run.paths[run.paths.panel == panel][["x", "y"]].abs().max().max() for run, panel, _ in sum(rows, []))
+    experts, edge = set(), 2.5 if farthest < 2.5 else measures.EDGE
     for i, (axis, panel) in enumerate(zip(axes, drawn, strict=True)):
         if panel is None:
             axis.axis("off")
             continue
-        experts |= fly(axis, *panel)
+        experts |= fly(axis, edge, *panel)
         axis.set(ylabel="y" if i % columns == 0 else "")
     names = {k: f"expert {k} acts" for k in sorted(experts - {None})}
     names |= {None: "one Gaussian, or expert not recorded"} if None in experts else {}
