@@ -422,10 +422,10 @@ def test_paths_have_the_colour_of_the_expert_that_acts(tmp_path):
     fly(make_run(tmp_path, num_experts=2), stochastic=FLIGHT, expert_1=[row[:-1] for row in FLIGHT])
     run = reading.read(tmp_path).of("Env-v0", "sac")
     _, (axis,) = curves.panels(1, 1)
-    assert maps.fly(axis, run, "stochastic", "x") == {0, 1} and axis.get_title() == "x\n1 of 1 arrive"
+    assert maps.fly(axis, 5.0, run, "stochastic", "x") == {0, 1} and axis.get_title() == "x\n1 of 1 arrive"
     (lines,) = axis.collections
     assert [tuple(c[:3]) for c in lines.get_colors()] == [maps.colour(1), maps.colour(0)]
-    assert maps.fly(axis, run, "expert_1", "x") == {1}
+    assert maps.fly(axis, 5.0, run, "expert_1", "x") == {1}
     assert maps.most_used(run) == [1]
 
 
