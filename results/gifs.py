@@ -1,7 +1,7 @@
 """Writes the two animations of the README from saved policies: results/figures/{target-reaching,halfcheetah}.gif.
 
 python results/gifs.py results/runs/TargetReaching-v0-penalty10/sac_pmoe/s1
-MUJOCO_GL=egl python results/gifs.py results/runs/HalfCheetah-v5-300k/sac_pmoe/s1
+MUJOCO_GL=egl python results/gifs.py results/runs/HalfCheetah-v5-ppo-kl/ppo_pmoe-both/s1
 
 A run of target reaching gives five stochastic episodes on the map, each step in the colour of the expert that acts; any
 other task its own picture during the first episode of the evaluation, under a bar in the colour of the acting expert.
@@ -64,7 +64,8 @@ def pictures(player: Player) -> list[Image.Image]:
 
 def main(run_dir: Path) -> Path:
     reaching = run_dir.resolve().parts[-3].startswith("TargetReaching")
-    player = Player(load(run_dir, **({} if reaching else {"render_mode": "rgb_array"})))
+    rendered = {} if reaching else {"render_mode": "rgb_array", "camera_name": "track"}  # or HalfCheetah runs away
+    player = Player(load(run_dir, **rendered))
     torch.manual_seed(player.saved.args.seed)
     frames = (flights if reaching else pictures)(player)
     path = FOLDER / "figures" / ("target-reaching.gif" if reaching else "halfcheetah.gif")
