@@ -377,7 +377,7 @@ def test_resume_after_a_kill_between_two_files_of_a_checkpoint(script, finished,
 
 
 def test_flags_of_the_mixture_make_other_runs(pmoe, tmp_path):
-    variants = [{}, {"primitive_update": "all"}, {"selection": "draws"}, {"selection": "fresh"}]
+    variants = [{}, {"primitive_update": "all"}, {"selection": "means"}, {"selection": "fresh"}]
     models = [model(train(pmoe, tmp_path / f"{i}", **flags)) for i, flags in enumerate(variants)]
     assert not any(same(a, b) for i, a in enumerate(models) for b in models[:i])
 
