@@ -143,12 +143,13 @@ def learning(data: Data, path: Path):
 def mujoco(data: Data, folders: dict[str, list[str]], labels: list[str], path: Path, of_training: bool):
     """One panel per task that has runs: the labels in its first folder and, beside them, in a second one.
 
-    Where there are runs in a second one, lines of the first are dashed.
+    Where a second one has runs of all labels, lines of the first are dashed.
     """
-    drawn = {
-        task: [(i, data.of(f, label)) for i, f in enumerate(fs) for label in labels] for task, fs in folders.items()
-    }
-    drawn = {task: [(i, part) for i, part in parts if len(part.runs)] for task, parts in drawn.items()}
+    drawn = {}
+    for task, names in folders.items():
+        parts = [[(i, data.of(name, label)) for label in labels] for i, name in enumerate(names)]
+        parts = [each for each in parts if not each[0][0] or all(len(part.runs) for _, part in each)]
+        drawn[task] = [(i, part) for i, part in sum(parts, []) if len(part.runs)]
     drawn = {task: parts for task, parts in drawn.items() if parts}
     if not drawn:
         return
