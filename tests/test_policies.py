@@ -1,26 +1,12 @@
 """Committed policies stay readable, and act as they did when they were committed."""
 
 import csv
-import importlib.util
-import sys
 
+import policies
 import pytest
 from conftest import ALGOS
 
 RESULTS = ALGOS.parent / "results"
-
-
-@pytest.fixture(scope="module")
-def policies():
-    """The module results/policies.py."""
-    sys.path.insert(0, str(RESULTS))  # it imports its neighbour
-    try:
-        spec = importlib.util.spec_from_file_location("policies", RESULTS / "policies.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-    finally:
-        sys.path.remove(str(RESULTS))
 
 
 def rows() -> list[dict]:
@@ -38,7 +24,7 @@ def test_every_committed_policy_is_listed_and_small():
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: row["file"])
-def test_a_committed_policy_acts_as_recorded(policies, row):
+def test_a_committed_policy_acts_as_recorded(row):
     """To the digits that are written on the type of machine that wrote them; elsewhere an episode may end otherwise."""
     script, policy, first = policies.first_episode(RESULTS / "policies" / row["file"])
     assert (script, policy) == (row["script"], row["policy"])
