@@ -446,7 +446,7 @@ def evaluate(agent: Agent, env: Env, args: Args, step: int, policy: str, watch=l
     """A row of eval.csv: raw returns of episodes with seeds of their own; training's random states stay as they are."""
     results, states = [], (random.getstate(), np.random.get_state())
     agent = agent if args.device == "cpu" else deepcopy(agent).cpu()  # for one observation at a time a GPU is slow
-    with torch.random.fork_rng([]):
+    with torch.random.fork_rng([args.device] if args.device != "cpu" else []):  # manual_seed seeds the GPU as well
         torch.manual_seed(args.seed)
         for episode in range(args.eval_episodes):
             (obs, _), done = env.reset(episode), False

@@ -93,6 +93,13 @@ def test_what_a_gpu_trained_evaluates_on_the_cpu(case, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)
 
 
+def test_evaluation_does_not_change_training(tmp_path):
+    """It happens on the CPU, but seeding the CPU's generator seeds the GPU's too."""
+    script, settings = load("sac"), SAC | dict(eval_episodes=1, num_threads=1, device="cuda")
+    runs = [script.main(words(**settings | dict(eval_every=n), run_dir=tmp_path / str(n))) for n in (1000, 700)]
+    assert same(*map(weights, runs))
+
+
 @pytest.mark.parametrize("name", [name for name in SCRIPTS if name.startswith("sac")])
 def test_a_cuda_graph_computes_the_same_numbers(name, tmp_path):
     """Losses of every logged update, weights and evaluations are those of a run without."""
