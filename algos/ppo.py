@@ -27,7 +27,7 @@ What differs from sac.py, besides the algorithm:
 3. The actor's moments normalise observations. A rollout is acted, valued and learned from with the same moments, which
    take it in afterwards: the ratio starts at 1, and the first rollout sees raw observations. Rewards are divided by the
    standard deviation of their discounted sums, this rollout's included. Both are clipped to +-10.
-4. The default task keeps the environment's own bonus for speed, 0.1, where sac.py has 0.3.
+4. The default task, target reaching's fixed layout, is made easier: obstacles cost 10, not 100.
 Where this differs from the paper, as is usual now: normalised observations, advantages and rewards, orthogonal weights,
 annealed learning rate, clipped gradient. The value loss is the paper's, not clipped as in Baselines.
 Letters in shape comments: T steps, N environments, B batch, O observation size, A action dimensions, H hidden units.

@@ -35,8 +35,8 @@ What differs from sac.py:
    narrower, so that all together have about as many weights as the baseline.
 5. At every evaluation the networks are measured: see measure() and moe.csv.
 Where this differs from the papers: they do not have SAC; 1 to 3, --match-params and the tasks are ours. With topk and
-hardcoded an expert computes all that chose it: nothing is dropped. Obstacle penalty and speed bonus of the layouts,
-random steps and first temperature are those of sac.py's default task.
+hardcoded an expert computes all that chose it: nothing is dropped. The layouts are made easier: obstacles cost 10, not
+100, and the bonus for speed is 0.3, not 0.1. The first temperature is that of sac.py.
 Letters in shape comments: B batch, O observation size, A action dimensions, T tasks, n experts, d inputs, h outputs.
 """
 
