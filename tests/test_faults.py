@@ -415,7 +415,7 @@ class Slow(gym.Env):
         self.count += 1
         if self.evaluation and self.count > 2 and "PAUSE" in os.environ:
             pathlib.Path("evaluating").touch()
-            time.sleep(5)
+            time.sleep(1)
         return self.observation_space.sample() * 0, float(action[0]), False, False, {}
 gym.register("Slow-v0", Slow, max_episode_steps=50)
 """
@@ -432,10 +432,10 @@ def test_a_signal_ends_an_evaluation_which_is_made_again(base, folder, monkeypat
     while not (folder / "evaluating").exists() and process.poll() is None:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)  # the evaluation has 48 steps of 5 seconds before it
+    output = process.communicate()  # the evaluation has 48 steps of a second before it
     saved = torch.load(folder / "run" / "checkpoint.pt", weights_only=True)["global_step"]
     assert saved == {"sac": 160, "ppo": 88}[family(base)]  # PPO's of step 132 would lack that evaluation
-    assert process.returncode == 143 and f"SIGTERM, step {saved} is saved; --resume run" in output, output
+    assert process.poll() == 143 and f"SIGTERM, step {saved} is saved; --resume run" in output, output
     base.main(flags(resume="run"))
     base.main(flags(**settings, run_dir="whole"))
     sys.modules.pop("slow")

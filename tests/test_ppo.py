@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import ALGOS
+from processes import Started
 from test_sac import NoSynchronisation
 from test_training import Strange, flags
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
@@ -450,6 +451,12 @@ class Killed(TwoSteps):
 
 
 gym.register("PPOKilled-v0", Killed, max_episode_steps=10, disable_env_checker=True)
+DYING = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import conftest, pathlib, test_ppo
+test_ppo.run(conftest.load("ppo"), pathlib.Path(sys.argv[2]), env_id="PPOKilled-v0", async_envs=True)
+"""
 
 
 gym.register("PPOWhole-v0", Strange, max_episode_steps=5, kwargs={"dtype": np.int64})
@@ -475,13 +482,11 @@ def test_wrappers_of_the_registration_are_those_of_training_too(ppo, env_id):
 @pytest.mark.parametrize("parity", "01")
 def test_death_of_an_environments_process_ends_the_run(tmp_path, parity):
     """In a process of its own, which must end although every other environment's process lives and waits."""
-    script = "import sys; sys.path[:0] = sys.argv[1:3]; from test_ppo import run; import conftest, pathlib; "
-    script += "run(conftest.load('ppo'), pathlib.Path(sys.argv[3]), env_id='PPOKilled-v0', async_envs=True)"
-    command = [sys.executable, "-c", script, str(ALGOS.parent / "tests"), str(ALGOS), str(tmp_path / "run")]
-    environment = os.environ | {"KILLED": parity}
-    job = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
-    assert job.returncode == 1 and "--async-envs has ended; --resume" in job.stderr, job.stderr
-    assert job.stderr.count("\n") == 1, job.stderr
+    (tmp_path / "dying.py").write_text(DYING)
+    job = Started(tmp_path / "dying.py", ALGOS.parent / "tests", tmp_path / "run", KILLED=parity)
+    output = job.communicate()
+    assert job.poll() == 1, output
+    assert "--async-envs has ended; --resume" in output.splitlines()[-1] and "Traceback" not in output, output
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -594,7 +599,7 @@ torch.save(agents[0].state_dict(), f"{sys.argv[3]}/agent{script.RANK}.pt")
 
 FAILING = """
 import sys
-sys.path[:0] = sys.argv[1:3]
+sys.path.insert(0, sys.argv[1])
 import conftest, pathlib, test_ppo
 script = conftest.load("ppo")
 rollout = script.Sampler.rollout
@@ -605,24 +610,27 @@ def failing_rollout(sampler, agent):
     return rollout(sampler, agent)
 
 script.Sampler.rollout = failing_rollout
-test_ppo.run(script, pathlib.Path(sys.argv[3]))
+test_ppo.run(script, pathlib.Path(sys.argv[2]))
 """
 
 
-def test_where_one_process_fails_each_says_so_in_a_line(tmp_path):
+def rendezvous() -> dict[str, str]:
+    """The part of torchrun's environment that two processes share."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", FAILING, str(ALGOS.parent / "tests"), str(ALGOS), str(tmp_path / "run")]
-    jobs = [
-        subprocess.Popen(command, env=os.environ | address | {"RANK": i, "LOCAL_RANK": i}, stderr=-1, text=True)
-        for i in "01"
-    ]
-    errors = [job.communicate(timeout=100)[1] for job in jobs]
-    assert [job.returncode for job in jobs] == [1, 1]
-    for error, expected in zip(errors, ("a process has failed", "a reward is not finite"), strict=True):
-        assert expected in error and error.splitlines()[-1].startswith("ppo.py: ") and "Traceback" not in error
-        assert error.splitlines()[-1].endswith(f"--resume {tmp_path / 'run'} goes on")
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.getsockname()[1]), "WORLD_SIZE": "2"}
+
+
+def test_where_one_process_fails_each_says_so_in_a_line(tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    command, address = [tmp_path / "failing.py", ALGOS.parent / "tests", tmp_path / "run"], rendezvous()
+    jobs = [Started(*command, **address, RANK=i, LOCAL_RANK=i) for i in "01"]
+    outputs = [job.communicate() for job in jobs]
+    assert [job.poll() for job in jobs] == [1, 1]
+    for output, expected in zip(outputs, ("a process has failed", "a reward is not finite"), strict=True):
+        line = output.splitlines()[-1]
+        assert expected in line and line.startswith("ppo.py: ") and "Traceback" not in output
+        assert line.endswith(f"--resume {tmp_path / 'run'} goes on")
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -630,15 +638,17 @@ def test_where_one_process_fails_each_says_so_in_a_line(tmp_path):
 def test_two_processes_equal_one(name, tmp_path):
     """Weights and moments are the same in both processes, and those of one process up to rounding."""
     (tmp_path / "parallel.py").write_text(PARALLEL)
-    command = [str(tmp_path / "parallel.py"), name, str(ALGOS)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    jobs = [
-        subprocess.Popen([*start, *command, str(tmp_path / folder)], env=os.environ | {"OMP_NUM_THREADS": "1"})
-        for start, folder in (([sys.executable], "one"), (launch, "two"))
-    ]
-    assert [job.wait() for job in jobs] == [0, 0]
-    one, *two = (torch.load(tmp_path / f) for f in ("one/agent0.pt", "two/agent0.pt", "two/agent1.pt"))
+    command, two, address = [tmp_path / "parallel.py", name, ALGOS], tmp_path / "two", rendezvous()
+    jobs = [Started(*command, tmp_path / "one")]
+    if name == "ppo":  # once by torchrun itself
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        assert subprocess.run([*launch, *command, two], env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == 0
+    else:
+        jobs += [Started(*command, two, **address, RANK=i, LOCAL_RANK=i) for i in "01"]
+    outputs = [job.communicate() for job in jobs]
+    assert not any(job.poll() for job in jobs), outputs
+    one, *both = (torch.load(tmp_path / f) for f in ("one/agent0.pt", "two/agent0.pt", "two/agent1.pt"))
     for key in one:
-        assert torch.equal(two[0][key], two[1][key]), key
-        torch.testing.assert_close(one[key], two[0][key], rtol=1e-3, atol=1e-5, msg=key)
-    assert (tmp_path / "one" / "eval.csv").exists() and (tmp_path / "two" / "eval.csv").exists()
+        assert torch.equal(both[0][key], both[1][key]), key
+        torch.testing.assert_close(one[key], both[0][key], rtol=1e-3, atol=1e-5, msg=key)
+    assert (tmp_path / "one" / "eval.csv").exists() and (two / "eval.csv").exists()

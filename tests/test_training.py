@@ -3,7 +3,6 @@
 import ast
 import json
 import math
-import os
 import re
 import resource
 import shutil
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALGOS, MULTITASK, RIVALS, SCRIPTS, load
+from processes import Started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 COMMON = dict(env_id="Pendulum-v1", total_timesteps=220, eval_every=110, eval_episodes=1, num_threads=1)
@@ -52,12 +52,9 @@ def flags(**values) -> list[str]:
     return [w for k, v in words.items() for w in ([k] if isinstance(v, bool) else [k, str(v)])]
 
 
-def start(script_name, *arguments, cwd=None, path=ALGOS):
+def start(script_name, *arguments, cwd=None, path=ALGOS) -> Started:
     """The script in a process of its own."""
-    command = [sys.executable, str(Path(path) / f"{script_name}.py"), *arguments]
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    return subprocess.Popen(command, cwd=cwd, env=environment, **pipes)
+    return Started(Path(path) / f"{script_name}.py", *arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -226,8 +223,8 @@ def test_resume_after_a_signal_is_exact(base, tmp_path, number, buffer_size):
     while stopped.poll() is None and not (evaluations.exists() and "\n220," in evaluations.read_text()):
         time.sleep(0.01)
     stopped.send_signal(number)
-    output, _ = stopped.communicate()
-    assert stopped.returncode == 128 + number, output
+    output = stopped.communicate()
+    assert stopped.poll() == 128 + number, output
     assert re.search(rf"{number.name}, .*step \d+ .*--resume", output)
     step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["global_step"]
     assert 220 <= step < settings["total_timesteps"] and step == int(re.search(r"step (\d+) \w+", output)[1])
@@ -681,8 +678,8 @@ def test_copied_alone_it_runs(base, tmp_path):
     shutil.copy(ALGOS / f"{base.SCRIPT}.py", tmp_path)
     small = TINY[family(base)] | {"total_timesteps": 154}
     process = start(base.SCRIPT, *flags(**small), cwd=tmp_path, path=tmp_path)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
+    output = process.communicate()
+    assert process.poll() == 0, output
     assert "step 154/154" in output  # plain lines where there is no terminal
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith("Pendulum-v1") and f"__{base.SCRIPT}__s1__" in run.name and (run / "model.pt").exists()
