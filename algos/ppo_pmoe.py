@@ -28,7 +28,7 @@ What differs from ppo.py:
 3. Gate's loss (frequency approximate gradient): each expert draws an action a_k ~ N_k, the best expert is
    argmax_k Q(s, a_k), and w is pulled to its one-hot, hence to the frequency with which each expert is the best
    (Theorem 3.1). --gate-gradient both (the default) adds PPO's own gradient, frequency leaves it out, and ppo has
-   nothing else: a mixture without this method, to compare with (results/README.md, "The gate in PPO-PMOE").
+   nothing else: a mixture without this method, to compare with (results/findings.md, "The gate of PPO-PMOE").
 Where this differs from the paper or the authors' code:
 1. Their release has no PPO, and the paper's text on it was not available to us. The form is that of a later script by a
    co-author, --gate-gradient both. What follows is our choice.
@@ -39,7 +39,7 @@ Where this differs from the paper or the authors' code:
 4. The entropy of a mixture has no closed form. Its bonus is for -sum_k w_k log pi(a_k|s) with one reparameterised draw
    a_k of each expert, an unbiased estimate of it and of its gradient. With --gate-gradient frequency it leaves the gate
    alone.
-5. --selection means compares Q(s, mu_k) instead of Q(s, a_k), as sac_pmoe.py does by default.
+5. --selection means (ours) compares Q(s, mu_k) instead of Q(s, a_k), as it does in sac_pmoe.py.
 Letters in the shape comments: T steps, N environments, B batch, K experts, O observation size, A action dimensions, H
 hidden units.
 """

@@ -29,8 +29,7 @@ What differs from sac_pmoe.py; in brackets, where each choice comes from:
              (Jang et al. 2017, arXiv 1611.01144), temperature 1 (ours). Biased for the gate, not for the experts.
 3. log pi is the mixture's in target, actor and temperature (ours). --entropy component is PMOE's log N_k of the drawn
    expert, an entropy that is lower, by at most that of the gate, H(w); by less where experts overlap.
-4. log sigma_k is at least -10, not -20 (ours): at -20, (u - mu_k) / sigma_k would be nothing but rounding error.
-The rest is as in sac_pmoe.py: K = 4, one trunk, the policies without noise, first temperature, random steps, the task.
+4. log sigma_k is at least -10, not -20 (ours): at -20, (u - mu_k) / sigma_k is nothing but rounding error.
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """
 
@@ -222,23 +221,19 @@ def update(agent: Agent, batch: "Batch", args: Args) -> dict[str, torch.Tensor]:
     w, noisy = log_w.exp(), log_w + gumbel_like(log_w)  # (B, K)
     k = noisy.argmax(1, keepdim=True)  # (B, 1), k ~ w
     u = mean + log_std.exp() * torch.randn_like(mean)  # (B, K, A)
-    if args.entropy == "component":
-        log_prob = tanh_log_prob(u, mean, log_std)  # log N_k of its own draw (B, K)
+    log_prob = tanh_log_prob(u, mean, log_std)  # for --entropy component: log N_k of its own draw (B, K)
     if args.gradient == "gumbel":  # straight-through: z is the one-hot of k, the gate's gradient that of the softmax y
         y = (noisy / args.gumbel_temperature).softmax(1)
         z = torch.zeros_like(y).scatter_(1, k, 1.0) + (y - y.detach())  # (B, K)
-        u = (z[..., None] * u).sum(1, keepdim=True)  # (B, 1, A)
-        if args.entropy == "component":
-            log_prob = (z * log_prob).sum(1, keepdim=True)  # (B, 1)
+        u, log_prob = (z[..., None] * u).sum(1, keepdim=True), (z * log_prob).sum(1, keepdim=True)  # (B, 1, A), (B, 1)
     if args.entropy == "mixture":  # log pi of each u (B, K), of Gumbel (B, 1)
         log_prob = (log_w[:, None] + tanh_log_prob(u[:, :, None], mean[:, None], log_std[:, None])).logsumexp(2)
     f = alpha * log_prob - agent.critic(batch.obs, u.tanh()).amin(0)  # (B, K), of Gumbel (B, 1)
     mean_f = f if args.gradient == "gumbel" else (w * f).sum(1, keepdim=True)  # (B, 1)
     loss = mean_f  # (B, 1)
     if args.gradient == "score":
-        baseline = mean_f if args.baseline == "draws" else 0
-        f_k = f.gather(1, k)  # (B, 1)
-        loss = (f_k - baseline).detach() * log_w.gather(1, k) + f_k
+        f_k, b = f.gather(1, k), mean_f if args.baseline == "draws" else 0  # (B, 1)
+        loss = (f_k - b).detach() * log_w.gather(1, k) + f_k
     descend(loss.mean(), agent.actor_optimizer)
 
     # Temperature: minimise -log alpha (log pi + target entropy), which raises alpha while the entropy is too low

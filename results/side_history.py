@@ -65,7 +65,7 @@ def main(run_dir: Path, every: int) -> Path:
             lines.append(",".join(str(row[name]) for name in COLUMNS))
             path.write_text("\n".join([*lines, ""]))
         old, new = (torch.load(Path(x, "policy.pt"), weights_only=True)["agent"] for x in (run_dir, folder))
-    same = all(torch.equal(old[name], new[name]) for name in old)
+    same = all(torch.equal(old[name], new[name]) for name in new)  # a committed policy may have the critics, too
     print(f"side_history.py: the repeated run ended with {'the same' if same else 'OTHER'} weights "
           f"{'as' if same else 'than'} {run_dir / 'policy.pt'}")  # fmt: skip
     return path
