@@ -183,6 +183,9 @@ SUITES |= {
         reaching("mirror", EASED.format("mirror"), PATIENT, range(1, 7)),
         reaching("mirror", EASED.format("mirror"), PATIENT, range(7, 11), some("sac_pmoe", "sac_pmoe-means")),
     ],
+    "reaching-mirror-long": reaching(  # twice the updates: does a policy with two ways keep both?
+        "mirror-long", EASED.format("mirror"), "--learning-starts 40000 --total-timesteps 80000", range(1, 3)
+    ),
     "reaching-exploration": reaching(
         "exploration", "layout=random", f"{UNTOUCHED} 10000", range(1, 11), some("sac", "sac_pmoe")
     ),
