@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+import shutil
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -231,6 +232,7 @@ def test_continual_runs_count_each_task_in_its_own_phase(tmp_path):
     assert measures.of(data, "rank / width, critic").values.tolist() == [[20 / 64]]
 
 
+TRAINING = "global_step,charts/episodic_return"
 FLIGHT = ["0,0,0,-1.50,", "0,2,0.90,0.00,1", "0,4,0.00,1.40,0"]  # round the right side of the disc
 LAYOUT = ["start,0,-1.5,0", "target,0,1.5,0.5", "obstacle,0,0,0.6"]
 
@@ -344,12 +346,37 @@ def test_what_stands_in_for_a_claim_without_runs(tmp_path, monkeypatch):
     with_claims(monkeypatch, tmp_path, claim(more=more))
     for label in ("old", "sac"):
         make_run(tmp_path, env="C", label=label)
-    (row,) = claims.decide(reading.read(tmp_path), tmp_path)
-    assert (row["seen"], row["caveat"]) == ("open", "another task") and "`old` and `sac`" in row["compared"]
-    make_run(tmp_path, env="A", label="mix")
-    make_run(tmp_path, env="A", label="sac")
+    for seed in (1, 2, 3):  # two seeds take nothing's place
+        (row,) = claims.decide(reading.read(tmp_path), tmp_path)
+        assert (row["seen"], row["caveat"]) == ("open", "another task") and "`old` and `sac`" in row["compared"]
+        make_run(tmp_path, env="A", label="mix", seed=seed)
+        make_run(tmp_path, env="A", label="sac", seed=seed)
     (row,) = claims.decide(reading.read(tmp_path), tmp_path)
     assert "caveat" not in row and "`mix` and `sac`" in row["compared"]
+
+
+def test_a_claim_compares_runs_of_equal_settings(tmp_path, monkeypatch):
+    with_claims(monkeypatch, tmp_path, claim())
+    make_run(tmp_path, env="A", label="sac")  # an older run, without the flag
+    make_run(tmp_path, env="A", label="mix", eval_every=250)
+    make_run(tmp_path, env="B", label="sac", eval_every=250)
+    claims.decide(reading.read(tmp_path), tmp_path)
+    make_run(tmp_path, env="B", label="mix", eval_every=500)
+    with pytest.raises(SystemExit, match="of different --eval-every: B/mix: 500; B/sac: 250"):
+        claims.decide(reading.read(tmp_path), tmp_path)
+
+
+def test_a_claim_of_two_families_names_both_measures(tmp_path, monkeypatch):
+    more = '[[claim.also]]\none = "ppo_pmoe"\nother = "ppo"\nmeasure = "area of training"\nfolders = ["B"]\n'
+    with_claims(monkeypatch, tmp_path, claim(more=more).replace('["A", "B"]', '["TargetReaching-v0-A"]'))
+    for label in ("sac", "mix"):
+        make_run(tmp_path, env="TargetReaching-v0-A", label=label)
+    for label in ("ppo", "ppo_pmoe"):
+        write_csv(make_run(tmp_path, env="B", label=label, seed=2) / "scalars.csv", TRAINING, ["0,1", "1000,5"])
+    (row,) = claims.decide(reading.read(tmp_path), tmp_path)
+    pairs = "`mix` and `sac`, `ppo_pmoe` and `ppo`"
+    assert row["compared"] == f"{pairs}: area and area of training (mean action); TargetReaching-v0-A, B"
+    assert row["numbers"].startswith("TargetReaching-v0-A: 625 and 625, difference +0; B: 5.00 and 5.00, difference")
 
 
 def test_a_property_counts_seeds_and_has_no_test(tmp_path, monkeypatch):
@@ -358,12 +385,14 @@ def test_a_property_counts_seeds_and_has_no_test(tmp_path, monkeypatch):
     )
     with_claims(monkeypatch, tmp_path, text)
     for label, sigma in (("mix", 0.7), ("sac", 0.2)):
-        for seed in (1, 2):
+        for seed in (1, 2, 3):
             folder = make_run(tmp_path, env="A", label=label, seed=seed)
             write_csv(folder / "scalars.csv", "global_step,policy/std", ["0,0", f"1000,{sigma}"])
     above, below = claims.decide(reading.read(tmp_path), tmp_path)
     assert (above["seen"], below["seen"]) == ("for (no test)", "against (no test)")
-    assert above["numbers"] == "`mix` 0.70, 2 of 2 seeds above 0.5; `sac` 0.20, 0 of 2 seeds above 0.5"
+    assert above["numbers"] == "`mix` 0.70, 3 of 3 seeds above 0.5; `sac` 0.20, 0 of 3 seeds above 0.5"
+    shutil.rmtree(tmp_path / "runs" / "A" / "mix" / "s3")  # two seeds are no property
+    assert {row["seen"] for row in claims.decide(reading.read(tmp_path), tmp_path)} == {"open (no test)"}
 
 
 def test_a_claim_on_what_another_script_has_written(tmp_path, monkeypatch):
