@@ -95,7 +95,7 @@ def with_tasks(claim: dict, data: Data) -> dict:
 
 
 def comparable(one: Data, other: Data):
-    """Exits where the runs of two labels differ in the task, the steps or the evaluations; older ones lack some flags."""
+    """Exits where the runs of two labels differ in the task, the steps or the evaluations; older ones lack flags."""
     for name in SAME:
         if name in one.args() and name in other.args() and one.args()[name] != other.args()[name]:
             first, second = (f"{side.folder()}/{side.runs.label.iloc[0]}: {side.args()[name]}" for side in (one, other))
