@@ -425,7 +425,7 @@ def test_exploration_is_that_of_its_own_runs_and_of_the_papers_form(tmp_path):
     found = row()
     assert found["compared"] == "`sac_pmoe` and `sac`: cells seen; TargetReaching-v0-exploration"
     assert found["p"] == pytest.approx(2 / math.comb(20, 10)) and found["seen"] == "for"
-    assert found["numbers"].startswith("0.007 and 0.005, difference +0.003 ± 0; 10 + 10 seeds; p < .0001")
+    assert found["numbers"].startswith("0.008 and 0.005, difference +0.003 ± 0; 10 + 10 seeds; p < .0001")
 
 
 def test_returns_of_several_games_are_raw_until_there_are_agents_alone(tmp_path, monkeypatch):
@@ -479,6 +479,22 @@ def test_paths_have_the_colour_of_the_expert_that_acts(tmp_path):
     assert [tuple(c[:3]) for c in lines.get_colors()] == [maps.colour(1), maps.colour(0)]
     assert maps.fly(axis, 5.0, run, "expert_1", "x") == {1}
     assert maps.most_used(run) == [1]
+
+
+def test_grey_is_one_gaussian_unless_an_expert_was_not_recorded(tmp_path, monkeypatch):
+    drawn, bare = [], ["0,0,0,-1.50,", "0,2,0.90,0.00,", "0,4,0.00,1.40,"]
+    monkeypatch.setattr(maps, "save", lambda figure, path: drawn.append(figure))
+    for label, args in (("sac", {}), ("sac_gating", {"num_experts": 4}), ("sac_pmoe", {"num_experts": 4})):
+        fly(make_run(tmp_path, label=label, **args), stochastic=bare)
+    data = reading.read(tmp_path)
+    data.runs.loc[data.runs.label == "sac_gating", "script"] = "sac_gating"
+    for labels, text in (
+        (["sac", "sac_gating"], "one Gaussian"),
+        (["sac_pmoe"], "one Gaussian, or expert not recorded"),
+    ):
+        maps.paths(data, labels, {}, tmp_path / "x.png")
+        (legend,) = drawn.pop().legends
+        assert [entry.get_text() for entry in legend.get_texts()] == [text]
 
 
 SIDES, START = "policy,episodes,success,left,right,entropy,p_left,modes,modes_u,gate", ",0.5,2,2,0.4 0.6"
@@ -593,7 +609,10 @@ def test_a_page_of_pqn_from_a_part_of_its_runs(tmp_path, monkeypatch):
     plot.main(tmp_path)
     page = (tmp_path / "MinAtar.md").read_text()
     assert "![PQN, returns over the number of parameters](figures/MinAtar-PQN.png)" in page
-    assert "| pqn | 3 | greedy | 1,250 (625 to 1,875) |" in page and "MinAtar-PQN.png" in (tmp_path / "README.md").read_text()
+    assert (
+        "| pqn | 3 | greedy | 1,250 (625 to 1,875) |" in page
+        and "MinAtar-PQN.png" in (tmp_path / "README.md").read_text()
+    )
     moe = {"game": "asterix", "num_experts": 4}
     for label, parameters, args in (
         ("pqn_moe-wide4", 530_000, {"moe": "wide", "widen": 4}),
