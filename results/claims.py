@@ -49,11 +49,14 @@ def read() -> list[dict]:
 
 def decide(data: Data, root: Path) -> list[dict]:
     """The claims with `seen`, `numbers`, `tasks` and, where they are tested, p before and after Holm's correction."""
-    claims = [with_tasks(claim, data) for claim in read()]
+    written = read()
+    claims = [with_tasks(claim, data) for claim in written]
     for paper in {claim["paper"] for claim in claims}:
-        tested = [claim for claim in claims if claim["paper"] == paper and claim["kind"] == "test"]
+        family = [w["paper"] == paper and w["kind"] == "test" for w in written]  # also those whose stand-in is no test
+        tested = [claim for claim, is_in in zip(claims, family, strict=True) if is_in]
         for claim in tested:
-            blocks = [(task.one.to_numpy(), task.other.to_numpy()) for task in claim["tasks"]]
+            tasks = claim["tasks"] if claim["kind"] == "test" else []
+            blocks = [(task.one.to_numpy(), task.other.to_numpy()) for task in tasks]
             claim["blocks"], claim["p"] = blocks, stats.permutation(blocks) if blocks else 1.0
         for claim, p in zip(tested, stats.holm([claim["p"] for claim in tested]), strict=True):
             claim["holm"] = p

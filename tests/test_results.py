@@ -356,6 +356,17 @@ def test_what_stands_in_for_a_claim_without_runs(tmp_path, monkeypatch):
     assert "caveat" not in row and "`mix` and `sac`" in row["compared"]
 
 
+def test_what_stands_in_without_a_test_has_no_verdict_but_counts_in_the_correction(tmp_path, monkeypatch):
+    more = '[claim.instead]\nkind = "difference"\nfolders = ["C"]\n'
+    with_claims(monkeypatch, tmp_path, claim(more=more) + claim(one="near").replace('["A", "B"]', '["C"]'))
+    for seed in range(1, 7):
+        for label, offset in (("sac", 0), ("mix", 10), ("near", 10)):
+            make_run(tmp_path, env="C", label=label, seed=offset + seed)
+    first, second = claims.decide(reading.read(tmp_path), tmp_path)
+    assert first["seen"] == "open (no test)" and first["numbers"].endswith("; 6 + 6 seeds")
+    assert second["seen"] == "for" and second["holm"] == pytest.approx(2 * 2 / 924)
+
+
 def test_a_claim_compares_runs_of_equal_settings(tmp_path, monkeypatch):
     with_claims(monkeypatch, tmp_path, claim())
     make_run(tmp_path, env="A", label="sac")  # an older run, without the flag
