@@ -360,11 +360,11 @@ def test_what_stands_in_without_a_test_has_no_verdict_but_counts_in_the_correcti
     more = '[claim.instead]\nkind = "difference"\nfolders = ["C"]\n'
     with_claims(monkeypatch, tmp_path, claim(more=more) + claim(one="near").replace('["A", "B"]', '["C"]'))
     for seed in range(1, 7):
-        for label, offset in (("sac", 0), ("mix", 10), ("near", 10)):
+        for label, offset in (("sac", 0), ("mix", 10), ("near", 5)):
             make_run(tmp_path, env="C", label=label, seed=offset + seed)
     first, second = claims.decide(reading.read(tmp_path), tmp_path)
     assert first["seen"] == "open (no test)" and first["numbers"].endswith("; 6 + 6 seeds")
-    assert second["seen"] == "for" and second["holm"] == pytest.approx(2 * 2 / 924)
+    assert second["seen"] == "for" and second["holm"] == pytest.approx(2 * 4 / 924)  # one seed of each is equal
 
 
 def test_a_claim_compares_runs_of_equal_settings(tmp_path, monkeypatch):
