@@ -19,7 +19,9 @@ ALGORITHMS = {"sac": "SAC", "ppo": "PPO"}  # of published.csv, by the beginning 
 
 
 def markdown(rows: list[dict]) -> list[str]:
-    """A table; columns without any content are left out."""
+    """A table; columns without any content are left out, and so is a table without rows."""
+    if not rows:
+        return []
     columns = [c for c in dict.fromkeys(c for row in rows for c in row)]
     columns = [c for c in columns if any(row.get(c, "-") not in ("-", "") for row in rows)]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -57,7 +59,7 @@ def environment(name: str, data: Data, figures: Path) -> str:
     lines[-1] += ", ".join(f"[{folder}](#{folder.lower().replace('.', '')})" for folder in folders) + "."
     lines += ["", *([] if name in folders else by_hand(name)), *labels_of(data)]
     games = data.where("folder", [folder for folder in folders if re.fullmatch(r"MinAtar-PQN-\w+", folder)])
-    if len(games.runs):
+    if games.runs.label.nunique() > 1:  # one point compares nothing
         curves.parameters(games, figures / "MinAtar-PQN.png")
         lines += picture(figures / "MinAtar-PQN.png", "PQN, returns over the number of parameters", "parameters")
     for folder in folders:
@@ -79,7 +81,8 @@ def one_task(data: Data, figures: Path) -> list[str]:
     lines = [line for name, part in families(data).items() for line in pictures(part, name, figures)]
     rows = [returns(part) for part in data.by_label.values()]
     policies = [policy(part) for part in data.by_label.values()]
-    return [*lines, *markdown(rows), *markdown(policies), *sides(data), *gait(data)]
+    known = any(set(row.values()) - {row["label"], row["seeds"], "-"} for row in policies)  # PQN's has none of it
+    return [*lines, *markdown(rows), *markdown(policies if known else []), *sides(data), *gait(data)]
 
 
 def families(data: Data) -> dict[str, Data]:
@@ -172,7 +175,7 @@ def sides(data: Data) -> list[str]:
             largest = [max(map(float, weights.split())) for weights in runs.gate.dropna().astype(str) if weights]
             row["largest weight there"] = stats.summary(largest, share=True)
         rows.append(row)
-    return markdown(rows) if rows else []
+    return markdown(rows)
 
 
 def gait(data: Data) -> list[str]:

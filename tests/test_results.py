@@ -613,17 +613,17 @@ def make_pqn(root, label, seed, parameters, **args):
 
 
 def test_a_page_of_pqn_from_a_part_of_its_runs(tmp_path, monkeypatch):
-    drawn, original = {}, curves.legend
-    monkeypatch.setattr(curves, "legend", lambda figure, axes, *rest: (drawn.update(axes=axes), original(figure, axes)))
+    drawn, save = {}, curves.save
+    monkeypatch.setattr(
+        curves, "save", lambda figure, path: (drawn.update({path.stem: figure.axes}), save(figure, path))
+    )
     for seed in (1, 2, 3):
         make_pqn(tmp_path, "pqn", seed, 134_000, game="asterix")
     plot.main(tmp_path)
-    page = (tmp_path / "MinAtar.md").read_text()
-    assert "![PQN, returns over the number of parameters](figures/MinAtar-PQN.png)" in page
-    assert (
-        "| pqn | 3 | greedy | 1,250 (625 to 1,875) |" in page
-        and "MinAtar-PQN.png" in (tmp_path / "README.md").read_text()
-    )
+    page, front = ((tmp_path / name).read_text() for name in ("MinAtar.md", "README.md"))
+    assert "| pqn | 3 | greedy | 1,250 (625 to 1,875) |" in page and "figures/MinAtar-PQN-asterix.png" in page
+    assert "| label | seeds |\n" not in page  # nothing to say of the policies
+    assert "MinAtar-PQN.png" not in page + front  # one point compares nothing
     moe = {"game": "asterix", "num_experts": 4}
     for label, parameters, args in (
         ("pqn_moe-wide4", 530_000, {"moe": "wide", "widen": 4}),
@@ -632,8 +632,9 @@ def test_a_page_of_pqn_from_a_part_of_its_runs(tmp_path, monkeypatch):
         ("pqn_moe-tokens", 9_000, {"moe": "tokens"}),
     ):
         make_pqn(tmp_path, label, 1, parameters, **moe | args)
-    curves.parameters(reading.read(tmp_path), tmp_path / "x.png")
-    (axis,) = drawn["axes"]
+    page = pages.environment("MinAtar", reading.read(tmp_path), tmp_path / "figures")
+    assert "![PQN, returns over the number of parameters](figures/MinAtar-PQN.png)" in page
+    (axis,) = drawn["MinAtar-PQN"]
     handles, names = axis.get_legend_handles_labels()
     xs = {name: list(handle.get_xdata()) for name, handle in zip(names, handles, strict=True)}
     assert xs["plain network, times as wide"] == [134_000, 530_000]
