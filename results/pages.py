@@ -100,7 +100,7 @@ def families(data: Data) -> dict[str, Data]:
 
 def pictures(data: Data, name: str, figures: Path) -> list[str]:
     """Draws the figures of labels that share them; their files begin with `name`."""
-    lines, title = [], name.replace("_", ", ")
+    lines, title = [], data.folder() + ", PPO" * name.endswith("_ppo")
     curves.learning(data, figures / f"{name}.png")
     lines += picture(figures / f"{name}.png", f"{title}, learning curves", "learning")
     if "experts" in name:

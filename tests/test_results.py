@@ -417,6 +417,15 @@ def test_a_claim_on_what_another_script_has_written(tmp_path, monkeypatch):
     assert (row["seen"], row["numbers"]) == ("open (no test)", "`sac` 0.50; `mix` 0.75")
 
 
+def test_the_interval_of_a_share_ends_at_one_in_the_claims_too(tmp_path, monkeypatch):
+    with_claims(monkeypatch, tmp_path, claim(measure="stochastic success"))
+    for seed, success in enumerate((1, 1, 1, 1, 0), 1):
+        for label in ("sac", "mix"):
+            make_run(tmp_path, env="A", label=label, seed=seed, success=success)
+    page = pages.claims_in_detail(claims.decide(reading.read(tmp_path), tmp_path))
+    assert "| A | 0.80 [0.24, 1.00] | 0.80 [0.24, 1.00] | 5 + 5 |" in page
+
+
 def test_exploration_is_that_of_its_own_runs_and_of_the_papers_form(tmp_path):
     def explore(env, label, seed, x):
         folder = make_run(tmp_path, env, label, seed, **({"num_experts": 4} if "pmoe" in label else {}))
