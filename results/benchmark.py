@@ -241,14 +241,15 @@ def gating_of(task: str) -> dict[str, str]:
 
 REACHING = {"ppo": "ppo"} | {label: GATES[label] for label in ("ppo_pmoe-both", "ppo_pmoe-frequency")}
 MIRROR = f"--env-id moe_envs:TargetReaching-v0?{EASED.format('mirror')} --total-timesteps 200000 --eval-every 10000"
+FIXED_PPO = f"--env-id moe_envs:TargetReaching-v0?{EASED.format('fixed')} --total-timesteps 200000 --eval-every 10000"
+FIXED_PPO += " --checkpoint-every 100000"  # the default then; a checkpoint ends episodes
 RANDOM = "--env-id moe_envs:TargetReaching-v0?layout=random --total-timesteps 1000000 --eval-every 50000"
 SUITES |= {
     "ppo-mujoco": [
         ppo_mujoco(task, {"ppo": "ppo", "ppo_pmoe-both": experts_of(task, "ppo_pmoe-both")}) for task in PAPER_K
     ],
     "ppo-target-reaching": [
-        # the interval that was the default then; a checkpoint ends episodes
-        Suite("TargetReaching-v0-fixed-ppo", "--eval-every 10000 --checkpoint-every 100000", range(1, 6), REACHING),
+        Suite("TargetReaching-v0-fixed-ppo", FIXED_PPO, range(1, 6), REACHING),
         Suite("TargetReaching-v0-random-ppo", f"{RANDOM} --eval-episodes 50", range(1, 4), REACHING),
     ],
     "ppo-num-experts": [  # 8 is in ppo-mujoco

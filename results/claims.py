@@ -7,6 +7,7 @@ script has written.
 """
 
 import math
+import sys
 import tomllib
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +23,8 @@ MOST_TESTED = 12  # claims of one paper
 LEVEL = 0.05
 EVALUATED = ("area", "return at the end", "return at the end of its phase")  # by the policy that stands for a label
 RETURNS = (*EVALUATED, "stochastic return", "area of training", "training at the end")
+LEAST = 3  # seeds of both labels from which on runs take the place of what stands in for them, and properties count
+SAME = ("env_id", "game", "protocol", "total_timesteps", "learning_starts", "eval_every", "eval_episodes", "target_kl")
 
 
 class Task(NamedTuple):
@@ -31,6 +34,7 @@ class Task(NamedTuple):
     one: pd.DataFrame  # of measures.of()
     other: pd.DataFrame
     policies: tuple[str, str]
+    measure: str
 
 
 def read() -> list[dict]:
@@ -45,11 +49,14 @@ def read() -> list[dict]:
 
 def decide(data: Data, root: Path) -> list[dict]:
     """The claims with `seen`, `numbers`, `tasks` and, where they are tested, p before and after Holm's correction."""
-    claims = [with_tasks(claim, data) for claim in read()]
+    written = read()
+    claims = [with_tasks(claim, data) for claim in written]
     for paper in {claim["paper"] for claim in claims}:
-        tested = [claim for claim in claims if claim["paper"] == paper and claim["kind"] == "test"]
+        family = [w["paper"] == paper and w["kind"] == "test" for w in written]  # also those whose stand-in is no test
+        tested = [claim for claim, is_in in zip(claims, family, strict=True) if is_in]
         for claim in tested:
-            blocks = [(task.one.to_numpy(), task.other.to_numpy()) for task in claim["tasks"]]
+            tasks = claim["tasks"] if claim["kind"] == "test" else []
+            blocks = [(task.one.to_numpy(), task.other.to_numpy()) for task in tasks]
             claim["blocks"], claim["p"] = blocks, stats.permutation(blocks) if blocks else 1.0
         for claim, p in zip(tested, stats.holm([claim["p"] for claim in tested]), strict=True):
             claim["holm"] = p
@@ -69,21 +76,33 @@ def from_table(claim: dict, table: pd.DataFrame) -> dict:
 
 
 def with_tasks(claim: dict, data: Data) -> dict:
-    """Adds what was run; where nothing was, what its table `instead` names."""
+    """Adds what was run; until a task has LEAST seeds of both labels, what its table `instead` names has."""
     tasks = []
     parts = [claim, *(claim | part for part in claim.get("also", []))] if "folders" in claim else []
     for part, folder in [(each, name) for each in parts for name in each["folders"]]:
         sides = [labelled(data, folder, part["one"]), labelled(data, part.get("other_folder", folder), part["other"])]
         if not all(len(side.runs) for side in sides):
             continue
+        comparable(*sides)
         one, other = (measures.of(side, part["measure"]) for side in sides)
         columns = [name for name in one if name in other]
         one, other = (relative_return(values[columns], data, folder) for values in (one, other))
         if len(one) and len(other):
-            tasks.append(Task(folder, one, other, tuple(map(policy_name, sides))))
-    if not tasks and "instead" in claim:
-        return with_tasks({k: v for k, v in claim.items() if k not in ("instead", "also")} | claim["instead"], data)
+            tasks.append(Task(folder, one, other, tuple(map(policy_name, sides)), part["measure"]))
+    if "instead" in claim and not any(min(len(task.one), len(task.other)) >= LEAST for task in tasks):
+        bare = {k: v for k, v in claim.items() if k not in ("instead", "also")}
+        standing_in = with_tasks(bare | claim["instead"], data)
+        if standing_in["tasks"] or not tasks:
+            return standing_in
     return claim | {"tasks": tasks, "planned": sum(len(part["folders"]) for part in parts)}
+
+
+def comparable(one: Data, other: Data):
+    """Exits where the runs of two labels differ in the task, the steps or the evaluations; older ones lack flags."""
+    for name in SAME:
+        if name in one.args() and name in other.args() and one.args()[name] != other.args()[name]:
+            first, second = (f"{side.folder()}/{side.runs.label.iloc[0]}: {side.args()[name]}" for side in (one, other))
+            sys.exit(f"text/claims.toml compares runs of different --{name.replace('_', '-')}: {first}; {second}")
 
 
 def labelled(data: Data, folder: str, label: str) -> Data:
@@ -106,17 +125,18 @@ def relative_return(values: pd.DataFrame, data: Data, folder: str) -> pd.DataFra
 
 def describe(claim: dict):
     """Adds `compared`, `seen` and `numbers`."""
-    tasks, measure = claim["tasks"], claim.get("measure", "")
+    tasks = claim["tasks"]
     if "folders" in claim:
         parts = [claim, *(claim | part for part in claim.get("also", []))]
         pairs = dict.fromkeys((part["one"], part["other"]) for part in parts)
         labels = claim.get("labels") or ", ".join(f"`{one}` and `{other}`" for one, other in pairs)
-        claim["compared"] = f"{labels}: {measure}"
+        claim["compared"] = f"{labels}: {' and '.join(dict.fromkeys(part['measure'] for part in parts))}"
     claim["seen"], claim["numbers"] = "not run yet", "-"
     if not tasks:
         return
-    if measure in EVALUATED:
-        claim["compared"] += f" ({' and '.join(dict.fromkeys(p for task in tasks for p in task.policies))})"
+    policies = dict.fromkeys(p for task in tasks if task.measure in EVALUATED for p in task.policies)
+    if policies:
+        claim["compared"] += f" ({' and '.join(policies)})"
     claim["compared"] += f"; {', '.join(dict.fromkeys(task_name(task.folder) for task in tasks))}"
     if len(tasks) < claim["planned"]:
         claim["compared"] += f" ({len(tasks)} of {claim['planned']})"
@@ -134,12 +154,16 @@ def describe(claim: dict):
 
 
 def differences(claim: dict) -> str:
-    """one - other and half its interval: of one task, of each where there is no test, else the mean over the tasks."""
+    """one - other and half its interval: of one task, of each where there is no test, else the mean over the tasks.
+
+    Returns of target reaching may be near 0, so that no percentage of them means anything: of each task then, too.
+    """
     tasks, texts = claim["tasks"], []
-    groups = [[task] for task in tasks] if claim["kind"] == "difference" else [tasks]
+    near_zero = any(task.folder.startswith("TargetReaching") and task.measure in RETURNS for task in tasks)
+    groups = [[task] for task in tasks] if claim["kind"] == "difference" or near_zero else [tasks]
     for group in groups:
         columns = list(group[0].one)
-        relative = claim["measure"] in RETURNS and columns == [""] and len(group) > 1
+        relative = {task.measure for task in group} <= set(RETURNS) and columns == [""] and len(group) > 1
         pairs = stats.difference([(t.one.to_numpy(), t.other.to_numpy()) for t in group], relative)
         changes = [f"{name} {change(*pair, relative)}".strip() for name, pair in zip(columns, pairs, strict=True)]
         if len(group) == len(columns) == 1:
@@ -162,7 +186,9 @@ def describe_seen(claim: dict):
         span = " to ".join(dict.fromkeys(map(number, (values.min(), values.max()))))
         parts.append(f"`{claim[side]}` {span}, {beyond.sum()} of {len(values)} seeds {word} {claim['bound']:g}")
     claim["numbers"] = "; ".join(parts)
-    if shares[0] == 1 and shares[1] == (0 if claim.get("contrast", True) else 1):
+    if not any(min(len(task.one), len(task.other)) >= LEAST for task in claim["tasks"]):
+        claim["seen"] = "open (no test)"
+    elif shares[0] == 1 and shares[1] == (0 if claim.get("contrast", True) else 1):
         claim["seen"] = "for (no test)"
     else:
         claim["seen"] = "against (no test)" if shares[0] == 0 else "open (no test)"

@@ -60,10 +60,10 @@ def panels(count: int, columns: int, height: float = 2.5):
 def lines(axis, curves: pd.DataFrame, colours: dict, dashed: tuple[str, ...] = (), share: bool = False):
     """Draws curves (columns label, seed, step, value); those of labels in `dashed` are dashed.
 
-    More than three bands would hide each other: then there are none.
+    More than three bands would hide each other, and so would the seeds of more than five labels: then there are none.
     """
     curves = curves.dropna(subset="value")
-    bands = curves.label.nunique() <= 3
+    bands, seeds = curves.label.nunique() <= 3, curves.label.nunique() <= 5
     for label, part in curves.groupby("label", sort=False):
         wide = aligned(part)
         style = {"color": colours[label], "linestyle": "--" if label in dashed else "-"}
@@ -71,7 +71,7 @@ def lines(axis, curves: pd.DataFrame, colours: dict, dashed: tuple[str, ...] = (
         if bands:
             edges = np.array([stats.interval(wide[step], share) for step in wide])
             axis.fill_between(wide.columns, *edges.T, color=colours[label], alpha=0.15, linewidth=0)
-        if len(wide) < stats.FEW:
+        if seeds and len(wide) < stats.FEW:
             axis.plot(wide.columns, wide.T, linewidth=0.5, alpha=0.6, **style)
     axis.xaxis.set_major_formatter(steps)
     axis.set(xlabel="environment steps", xlim=(0, None))
@@ -184,6 +184,35 @@ def number_of_experts(data: Data, path: Path):
         kinds = ", ".join(dict.fromkeys(map(policy_name, parts)))
         axis.set(xlabel="number of experts K", ylabel=measure + f" ({kinds})" * (measure == "area"))
     figure.suptitle(f"{data.folder()}, {count(data)}", fontsize=9)
+    save(figure, path)
+
+
+def parameters(data: Data, path: Path):
+    """PQN: area over the number of parameters, a panel for each game, a line for each kind of network."""
+    kinds = {"wide": ("plain network, times as wide", 0), "soft": ("Soft MoE, experts", 1)}
+    kinds |= {"topk": ("top-1, experts", 5), "tokens": ("tokens without experts", 2)}
+    figure, axes = panels(len(data.by_folder), min(3, len(data.by_folder)), 2.8)
+    for axis, (folder, game) in zip(axes, data.by_folder.items(), strict=True):
+        points = {}  # kind -> (parameters, what is counted, areas of the seeds)
+        for part in game.by_label.values():
+            args = part.args()
+            moe = args.get("moe", "none")
+            number = {"none": 1, "wide": args.get("widen"), "tokens": ""}.get(moe, args.get("num_experts"))
+            point = part.runs.parameters.iloc[0], number, measures.of(part, "area")[""].to_numpy()
+            points.setdefault("wide" if moe == "none" else moe, []).append(point)
+        for moe in (moe for moe in kinds if moe in points):
+            x, numbers, values = zip(*sorted(points[moe], key=lambda point: point[0]), strict=True)
+            name, index = kinds[moe]
+            style = {"color": sns.color_palette("colorblind")[index]}
+            axis.plot(x, [v.mean() for v in values], "o-", label=name, markersize=4, **style)
+            for a, number, v in zip(x, numbers, values, strict=True):
+                axis.plot([a, a], stats.interval(v), linewidth=0.8, **style)
+                axis.annotate(number, (a, v.mean()), xytext=(4, 4), textcoords="offset points", fontsize=7, **style)
+        axis.set_xscale("log")
+        axis.margins(x=0.1)
+        axis.set_title(f"{folder.removeprefix('MinAtar-PQN-').replace('_', ' ')}, {count(game)}", fontsize=8)
+        axis.set(xlabel="parameters", ylabel="area (greedy)" if axis in axes[::3] else "")
+    legend(figure, axes)
     save(figure, path)
 
 

@@ -66,6 +66,11 @@ def most_used(data: Data) -> list[int]:
     return sorted(alone, key=lambda k: (-acting.get(k, 0), k))
 
 
+def acts_by_an_expert(run: Data) -> bool:
+    """Not by one Gaussian made of all of them."""
+    return run.experts() > 1 and not run.runs.script.iloc[0].endswith(("_gating", "_mcp"))
+
+
 def first_run(data: Data) -> Data:
     """The runs' first seed: not a chosen one."""
     return data.where("seed", [data.runs.seed.iloc[0]])
@@ -94,7 +99,9 @@ def paths(data: Data, labels: list[str], alone: dict[str, int], path: Path, one_
         experts |= fly(axis, edge, *panel)
         axis.set(ylabel="y" if i % columns == 0 else "")
     names = {k: f"expert {k} acts" for k in sorted(experts - {None})}
-    names |= {None: "one Gaussian, or expert not recorded"} if None in experts else {}
+    if None in experts:
+        lost = any(acts_by_an_expert(run) and run.paths.expert.isna().all() for run, _, _ in sum(rows, []))
+        names[None] = "one Gaussian" + ", or expert not recorded" * lost
     keys = [Line2D([], [], color=colour(k), label=name) for k, name in names.items()]
     figure.legend(handles=keys, loc="outside upper center", ncols=5, fontsize=8)
     figure.supxlabel(data.folder(), fontsize=7)

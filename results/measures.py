@@ -172,6 +172,7 @@ MEASURES: dict[str, tuple[Callable, ...]] = {
     "entropy of the side": (side_entropy,),
 }
 SHARES = ("area of success", "success at the end", "stochastic success", "entropy of the gate", "clipped", "cells seen")
+SHARES += ("entropy of the side",)
 for _network in ("actor", "critic"):
     MEASURES |= {
         f"dormant, {_network}": (measured, _network, "dormant_0.025", "total"),

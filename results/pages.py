@@ -19,7 +19,9 @@ ALGORITHMS = {"sac": "SAC", "ppo": "PPO"}  # of published.csv, by the beginning 
 
 
 def markdown(rows: list[dict]) -> list[str]:
-    """A table; columns without any content are left out."""
+    """A table; columns without any content are left out, and so is a table without rows."""
+    if not rows:
+        return []
     columns = [c for c in dict.fromkeys(c for row in rows for c in row)]
     columns = [c for c in columns if any(row.get(c, "-") not in ("-", "") for row in rows)]
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
@@ -56,6 +58,10 @@ def environment(name: str, data: Data, figures: Path) -> str:
     lines = [MADE, "", f"# {name}", "", "[All results](README.md). Sections: "]
     lines[-1] += ", ".join(f"[{folder}](#{folder.lower().replace('.', '')})" for folder in folders) + "."
     lines += ["", *([] if name in folders else by_hand(name)), *labels_of(data)]
+    games = data.where("folder", [folder for folder in folders if re.fullmatch(r"MinAtar-PQN-\w+", folder)])
+    if games.runs.label.nunique() > 1:  # one point compares nothing
+        curves.parameters(games, figures / "MinAtar-PQN.png")
+        lines += picture(figures / "MinAtar-PQN.png", "PQN, returns over the number of parameters", "parameters")
     for folder in folders:
         part = data.of(folder)
         lines += [f"## {folder}", "", *by_hand(folder)]
@@ -72,24 +78,44 @@ def labels_of(data: Data) -> list[str]:
 
 def one_task(data: Data, figures: Path) -> list[str]:
     """The section of a folder whose runs have one task each."""
-    folder, lines = data.folder(), []
-    curves.learning(data, figures / f"{folder}.png")
-    lines += picture(figures / f"{folder}.png", f"{folder}, learning curves", "learning")
-    if "experts" in folder:
-        curves.number_of_experts(data, figures / f"{folder}-number.png")
-        lines += picture(figures / f"{folder}-number.png", f"{folder}, number of experts", "experts")
-    if maps.paths(data, list(data.by_label), {"sac_pmoe": 4, "ppo_pmoe-both": 4}, figures / f"{folder}-paths.png"):
-        lines += picture(figures / f"{folder}-paths.png", f"{folder}, paths", "paths")
-    cells = {label: measures.of(part, "cells seen")[""] for label, part in data.by_label.items() if has_cells(part)}
-    if cells:
-        curves.dots({folder: cells}, figures / f"{folder}-cells.png", "share of cells seen")
-        lines += picture(figures / f"{folder}-cells.png", f"{folder}, exploration", "cells")
-    if len(data.history):
-        curves.side_history(data, figures / f"{folder}-history.png")
-        lines += picture(figures / f"{folder}-history.png", f"{folder}, both sides over training", "history")
+    lines = [line for name, part in families(data).items() for line in pictures(part, name, figures)]
     rows = [returns(part) for part in data.by_label.values()]
     policies = [policy(part) for part in data.by_label.values()]
-    return [*lines, *markdown(rows), *markdown(policies), *sides(data), *gait(data)]
+    known = any(set(row.values()) - {row["label"], row["seeds"], "-"} for row in policies)  # PQN's has none of it
+    return [*lines, *markdown(rows), *markdown(policies if known else []), *sides(data), *gait(data)]
+
+
+def families(data: Data) -> dict[str, Data]:
+    """A figure's worth of labels each, by the name of their figures: SAC's, and those of PPO, FOLDER_ppo.
+
+    Their runs have other numbers of steps, and `ppo` has the colour of `sac`.
+    """
+    groups = {}
+    for label, part in data.by_label.items():
+        groups.setdefault(part.runs.script.iloc[0].split("_")[0], []).append(label)
+    plain = "sac" if "sac" in groups else next(iter(groups))
+    names = {base: data.folder() + f"_{base}" * (base != plain) for base in sorted(groups, key=lambda b: b != plain)}
+    return {name: data.where("label", groups[base]) for base, name in names.items()}
+
+
+def pictures(data: Data, name: str, figures: Path) -> list[str]:
+    """Draws the figures of labels that share them; their files begin with `name`."""
+    lines, title = [], data.folder() + ", PPO" * name.endswith("_ppo")
+    curves.learning(data, figures / f"{name}.png")
+    lines += picture(figures / f"{name}.png", f"{title}, learning curves", "learning")
+    if "experts" in name:
+        curves.number_of_experts(data, figures / f"{name}-number.png")
+        lines += picture(figures / f"{name}-number.png", f"{title}, number of experts", "experts")
+    if maps.paths(data, list(data.by_label), {"sac_pmoe": 4, "ppo_pmoe-both": 4}, figures / f"{name}-paths.png"):
+        lines += picture(figures / f"{name}-paths.png", f"{title}, paths", "paths")
+    cells = {label: measures.of(part, "cells seen")[""] for label, part in data.by_label.items() if has_cells(part)}
+    if cells:
+        curves.dots({data.folder(): cells}, figures / f"{name}-cells.png", "share of cells seen")
+        lines += picture(figures / f"{name}-cells.png", f"{title}, exploration", "cells")
+    if len(data.history):
+        curves.side_history(data, figures / f"{name}-history.png")
+        lines += picture(figures / f"{name}-history.png", f"{title}, both sides over training", "history")
+    return lines
 
 
 def has_cells(data: Data) -> bool:
@@ -132,9 +158,24 @@ def policy(data: Data) -> dict[str, str]:
 
 
 def sides(data: Data) -> list[str]:
-    """Where sides.csv is: which way the episodes go, seed by seed."""
-    names = ["label", "seed", "policy", "success", "left", "right", "entropy", "p_left", "modes", "gate"]
-    return markdown(data.sides[names].astype(object).fillna("").to_dict("records")) if len(data.sides) else []
+    """Where sides.csv is: which way the episodes go. A row for each label and policy, over the seeds."""
+    rows = []
+    for (label, name), runs in data.sides.groupby(["label", "policy"], sort=False):
+        runs = runs.sort_values("seed")
+        row = {"label": label, "policy": name, "seeds": str(len(runs))}
+        row["of them arrive"] = str(runs.entropy.notna().sum())
+        left, right = runs.left > 0, runs.right > 0
+        row |= {"only left": str((left & ~right).sum()), "only right": str((right & ~left).sum())}
+        row["both sides"] = str((left & right).sum())
+        rarer = runs[["left", "right"]].min(axis=1) / (runs.left + runs.right)
+        row["largest share of the rarer side"] = stats.number(rarer.max()) if rarer.notna().any() else "-"
+        if runs.p_left.notna().any():  # of the stochastic policy
+            row["p_left at the start, by seed"] = ", ".join(f"{p:.2f}" for p in runs.p_left.dropna())
+            row["modes there"] = " or ".join(f"{n:.0f}" for n in sorted(runs.modes.dropna().unique()))
+            largest = [max(map(float, weights.split())) for weights in runs.gate.dropna().astype(str) if weights]
+            row["largest weight there"] = stats.summary(largest, share=True)
+        rows.append(row)
+    return markdown(rows)
 
 
 def gait(data: Data) -> list[str]:
@@ -204,7 +245,8 @@ def tasks_learned(data: Data, every: Data, folder: str) -> dict[str, str]:
         row["all tasks, stochastic, at the end"] = stats.summary(ends.mean(axis=1), share=True)
         return row
     relative = claims.relative_return(areas, every, folder)
-    row["relative return"] = stats.summary(relative.iloc[:, 0]) if relative.shape[1] == 1 else "-"
+    is_relative = relative.shape[1] == 1 < areas.shape[1]  # not of an agent alone on a task
+    row["relative return"] = stats.summary(relative.iloc[:, 0]) if is_relative else "-"
     return row | {f"{task}, stochastic, at the end": stats.summary(ends[task]) for task in ends}
 
 
@@ -283,8 +325,10 @@ def claims_in_detail(decided: list[dict]) -> str:
         for task in claim["tasks"]:
             pairs = stats.difference([(task.one.to_numpy(), task.other.to_numpy())], False)
             for column, (estimate, half) in zip(task.one, pairs, strict=True):
-                row = {"runs": task.folder, "task": column or "-", "first": stats.summary(task.one[column])}
-                row |= {"second": stats.summary(task.other[column]), "seeds": f"{len(task.one)} + {len(task.other)}"}
+                share = task.measure in measures.SHARES
+                row = {"runs": task.folder, "task": column or "-", "first": stats.summary(task.one[column], share)}
+                row["second"] = stats.summary(task.other[column], share)
+                row["seeds"] = f"{len(task.one)} + {len(task.other)}"
                 rows.append(row | {"difference": claims.change(estimate, half, False)})
         lines += markdown(rows)
     return "\n".join(lines)

@@ -107,13 +107,16 @@ def short(task: str) -> str:
 
 
 def read(root: Path) -> Data:
-    """The finished runs. Exits where runs of one label differ in more than the seed."""
+    """The finished runs that were evaluated. Exits where runs of one label differ in more than the seed."""
     tables, settings = {name: [] for name in COLUMNS}, {}
     fixed = pd.read_csv(TEXT / "layout.csv")  # of paths from before there was a layout.csv
     for path in sorted((root / "runs").glob("*/*/*/run.json"), key=natural):
         info = json.loads(path.read_text())
         if info.get("global_step", 0) < info["args"]["total_timesteps"]:
             print(f"left out, not finished: {path.parent}", file=sys.stderr)
+            continue
+        if not (path.parent / FILES["evals"]).exists():
+            print(f"left out, without {FILES['evals']}: {path.parent}", file=sys.stderr)
             continue
         key = {"folder": path.parts[-4], "label": path.parts[-3], "seed": info["args"]["seed"]}
         check(info, settings.setdefault((key["folder"], key["label"]), {}), key)

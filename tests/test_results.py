@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import re
+import shutil
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -183,6 +184,7 @@ def test_unfinished_runs_are_left_out_and_labels_are_in_their_natural_order(tmp_
     for label in ("mix-16", "mix-2", "mix"):
         make_run(tmp_path, label=label)
     make_run(tmp_path, label="mix", seed=2, step=400)
+    (make_run(tmp_path, label="mix", seed=3) / "eval.csv").unlink()  # nor is one that was never evaluated
     data = reading.read(tmp_path)
     assert list(data.of("Env-v0").by_label) == ["mix", "mix-2", "mix-16"] and len(data.runs) == 3
 
@@ -231,6 +233,7 @@ def test_continual_runs_count_each_task_in_its_own_phase(tmp_path):
     assert measures.of(data, "rank / width, critic").values.tolist() == [[20 / 64]]
 
 
+TRAINING = "global_step,charts/episodic_return"
 FLIGHT = ["0,0,0,-1.50,", "0,2,0.90,0.00,1", "0,4,0.00,1.40,0"]  # round the right side of the disc
 LAYOUT = ["start,0,-1.5,0", "target,0,1.5,0.5", "obstacle,0,0,0.6"]
 
@@ -344,12 +347,48 @@ def test_what_stands_in_for_a_claim_without_runs(tmp_path, monkeypatch):
     with_claims(monkeypatch, tmp_path, claim(more=more))
     for label in ("old", "sac"):
         make_run(tmp_path, env="C", label=label)
-    (row,) = claims.decide(reading.read(tmp_path), tmp_path)
-    assert (row["seen"], row["caveat"]) == ("open", "another task") and "`old` and `sac`" in row["compared"]
-    make_run(tmp_path, env="A", label="mix")
-    make_run(tmp_path, env="A", label="sac")
+    for seed in (1, 2, 3):  # two seeds take nothing's place
+        (row,) = claims.decide(reading.read(tmp_path), tmp_path)
+        assert (row["seen"], row["caveat"]) == ("open", "another task") and "`old` and `sac`" in row["compared"]
+        make_run(tmp_path, env="A", label="mix", seed=seed)
+        make_run(tmp_path, env="A", label="sac", seed=seed)
     (row,) = claims.decide(reading.read(tmp_path), tmp_path)
     assert "caveat" not in row and "`mix` and `sac`" in row["compared"]
+
+
+def test_what_stands_in_without_a_test_has_no_verdict_but_counts_in_the_correction(tmp_path, monkeypatch):
+    more = '[claim.instead]\nkind = "difference"\nfolders = ["C"]\n'
+    with_claims(monkeypatch, tmp_path, claim(more=more) + claim(one="near").replace('["A", "B"]', '["C"]'))
+    for seed in range(1, 7):
+        for label, offset in (("sac", 0), ("mix", 10), ("near", 5)):
+            make_run(tmp_path, env="C", label=label, seed=offset + seed)
+    first, second = claims.decide(reading.read(tmp_path), tmp_path)
+    assert first["seen"] == "open (no test)" and first["numbers"].endswith("; 6 + 6 seeds")
+    assert second["seen"] == "for" and second["holm"] == pytest.approx(2 * 4 / 924)  # one seed of each is equal
+
+
+def test_a_claim_compares_runs_of_equal_settings(tmp_path, monkeypatch):
+    with_claims(monkeypatch, tmp_path, claim())
+    make_run(tmp_path, env="A", label="sac")  # an older run, without the flag
+    make_run(tmp_path, env="A", label="mix", eval_every=250)
+    make_run(tmp_path, env="B", label="sac", eval_every=250)
+    claims.decide(reading.read(tmp_path), tmp_path)
+    make_run(tmp_path, env="B", label="mix", eval_every=500)
+    with pytest.raises(SystemExit, match="of different --eval-every: B/mix: 500; B/sac: 250"):
+        claims.decide(reading.read(tmp_path), tmp_path)
+
+
+def test_a_claim_of_two_families_names_both_measures(tmp_path, monkeypatch):
+    more = '[[claim.also]]\none = "ppo_pmoe"\nother = "ppo"\nmeasure = "area of training"\nfolders = ["B"]\n'
+    with_claims(monkeypatch, tmp_path, claim(more=more).replace('["A", "B"]', '["TargetReaching-v0-A"]'))
+    for label in ("sac", "mix"):
+        make_run(tmp_path, env="TargetReaching-v0-A", label=label)
+    for label in ("ppo", "ppo_pmoe"):
+        write_csv(make_run(tmp_path, env="B", label=label, seed=2) / "scalars.csv", TRAINING, ["0,1", "1000,5"])
+    (row,) = claims.decide(reading.read(tmp_path), tmp_path)
+    pairs = "`mix` and `sac`, `ppo_pmoe` and `ppo`"
+    assert row["compared"] == f"{pairs}: area and area of training (mean action); TargetReaching-v0-A, B"
+    assert row["numbers"].startswith("TargetReaching-v0-A: 625 and 625, difference +0; B: 5.00 and 5.00, difference")
 
 
 def test_a_property_counts_seeds_and_has_no_test(tmp_path, monkeypatch):
@@ -358,12 +397,14 @@ def test_a_property_counts_seeds_and_has_no_test(tmp_path, monkeypatch):
     )
     with_claims(monkeypatch, tmp_path, text)
     for label, sigma in (("mix", 0.7), ("sac", 0.2)):
-        for seed in (1, 2):
+        for seed in (1, 2, 3):
             folder = make_run(tmp_path, env="A", label=label, seed=seed)
             write_csv(folder / "scalars.csv", "global_step,policy/std", ["0,0", f"1000,{sigma}"])
     above, below = claims.decide(reading.read(tmp_path), tmp_path)
     assert (above["seen"], below["seen"]) == ("for (no test)", "against (no test)")
-    assert above["numbers"] == "`mix` 0.70, 2 of 2 seeds above 0.5; `sac` 0.20, 0 of 2 seeds above 0.5"
+    assert above["numbers"] == "`mix` 0.70, 3 of 3 seeds above 0.5; `sac` 0.20, 0 of 3 seeds above 0.5"
+    shutil.rmtree(tmp_path / "runs" / "A" / "mix" / "s3")  # two seeds are no property
+    assert {row["seen"] for row in claims.decide(reading.read(tmp_path), tmp_path)} == {"open (no test)"}
 
 
 def test_a_claim_on_what_another_script_has_written(tmp_path, monkeypatch):
@@ -374,6 +415,37 @@ def test_a_claim_on_what_another_script_has_written(tmp_path, monkeypatch):
     write_csv(tmp_path / "noise.csv", "label,sigma,relative", ["sac,0.1,0.9", "sac,0.3,0.5", "mix,0.3,0.75"])
     (row,) = claims.decide(reading.read(tmp_path), tmp_path)
     assert (row["seen"], row["numbers"]) == ("open (no test)", "`sac` 0.50; `mix` 0.75")
+
+
+def test_the_interval_of_a_share_ends_at_one_in_the_claims_too(tmp_path, monkeypatch):
+    with_claims(monkeypatch, tmp_path, claim(measure="stochastic success"))
+    for seed, success in enumerate((1, 1, 1, 1, 0), 1):
+        for label in ("sac", "mix"):
+            make_run(tmp_path, env="A", label=label, seed=seed, success=success)
+    page = pages.claims_in_detail(claims.decide(reading.read(tmp_path), tmp_path))
+    assert "| A | 0.80 [0.24, 1.00] | 0.80 [0.24, 1.00] | 5 + 5 |" in page
+
+
+def test_exploration_is_that_of_its_own_runs_and_of_the_papers_form(tmp_path):
+    def explore(env, label, seed, x):
+        folder = make_run(tmp_path, env, label, seed, **({"num_experts": 4} if "pmoe" in label else {}))
+        fly(folder, cells=[f"0,{i},{i + 0.25},0.25," for i in range(x)])
+
+    def row():
+        return next(c for c in claims.decide(reading.read(tmp_path), tmp_path) if "explores more" in c["claim"])
+
+    for label in ("sac", "sac_pmoe-means"):
+        explore("TargetReaching-v0-fixed", label, 1, 1)
+        explore("TargetReaching-v0-exploration", label, 1, 9)  # not the paper's form
+    assert row()["compared"] == "`sac_pmoe-means` and `sac`: cells seen; TargetReaching-v0-fixed"
+    for seed in range(2, 12):
+        explore("TargetReaching-v0-exploration", "sac", seed, 2)
+        explore("TargetReaching-v0-exploration", "sac_pmoe", seed, 3)
+    shutil.rmtree(tmp_path / "runs" / "TargetReaching-v0-exploration" / "sac" / "s1")
+    found = row()
+    assert found["compared"] == "`sac_pmoe` and `sac`: cells seen; TargetReaching-v0-exploration"
+    assert found["p"] == pytest.approx(2 / math.comb(20, 10)) and found["seen"] == "for"
+    assert found["numbers"].startswith("0.008 and 0.005, difference +0.003 ± 0; 10 + 10 seeds; p < .0001")
 
 
 def test_returns_of_several_games_are_raw_until_there_are_agents_alone(tmp_path, monkeypatch):
@@ -429,6 +501,25 @@ def test_paths_have_the_colour_of_the_expert_that_acts(tmp_path):
     assert maps.most_used(run) == [1]
 
 
+def test_grey_is_one_gaussian_unless_an_expert_was_not_recorded(tmp_path, monkeypatch):
+    drawn, bare = [], ["0,0,0,-1.50,", "0,2,0.90,0.00,", "0,4,0.00,1.40,"]
+    monkeypatch.setattr(maps, "save", lambda figure, path: drawn.append(figure))
+    for label, args in (("sac", {}), ("sac_gating", {"num_experts": 4}), ("sac_pmoe", {"num_experts": 4})):
+        fly(make_run(tmp_path, label=label, **args), stochastic=bare)
+    data = reading.read(tmp_path)
+    data.runs.loc[data.runs.label == "sac_gating", "script"] = "sac_gating"
+    for labels, text in (
+        (["sac", "sac_gating"], "one Gaussian"),
+        (["sac_pmoe"], "one Gaussian, or expert not recorded"),
+    ):
+        maps.paths(data, labels, {}, tmp_path / "x.png")
+        (legend,) = drawn.pop().legends
+        assert [entry.get_text() for entry in legend.get_texts()] == [text]
+
+
+SIDES, START = "policy,episodes,success,left,right,entropy,p_left,modes,modes_u,gate", ",0.5,2,2,0.4 0.6"
+
+
 def small_set(root):
     """A few runs of every kind."""
     for seed in (1, 2, 10):
@@ -441,10 +532,7 @@ def small_set(root):
             for protocol in ("multitask", "continual"):
                 make_run_of_tasks(root, f"{protocol}-{label}", seed, experts, "MinAtar-3-games")
     mirror = make_run(root, "TargetReaching-v0-mirror", "sac_pmoe", gate=True, num_experts=2, success=1.0)
-    head = "policy,episodes,success,left,right,entropy,p_left,modes,modes_u,gate"
-    write_csv(
-        mirror / "sides.csv", head, ["stochastic,100,1.0,40,60,0.9710,0.5,2,2,0.4 0.6", "gate,100,1.0,0,100,0.0,,,,"]
-    )
+    write_csv(mirror / "sides.csv", SIDES, [f"stochastic,100,1.0,40,60,0.9710{START}", "gate,100,1.0,0,100,0.0,,,,"])
     head = "step,q_left,q_right,alpha,p_left,modes,modes_u,gate,success,left,right"
     write_csv(
         mirror / "side_history.csv",
@@ -487,7 +575,8 @@ def test_plot_writes_figures_and_pages_and_repeats_to_the_byte(tmp_path):
     row = "| sac_pmoe | 2 | 3 | gate | 2,709 (626 to 6,251) | 3,251 (751 to 7,501) | 3,260 (760 to 7,510) |"
     assert row in text["TargetReaching-v0"]
     assert "| sac | - | 3 | mean action | 2,708 (625 to 6,250) |" in text["TargetReaching-v0"]
-    assert "| sac_pmoe | 1 | stochastic | 1.0 | 40 | 60 | 0.971 | 0.5 | 2.0 | 0.4 0.6 |" in text["TargetReaching-v0"]
+    assert "| sac_pmoe | stochastic | 1 | 1 | 0 | 0 | 1 | 0.40 | 0.50 | 2 | 0.60 |" in text["TargetReaching-v0"]
+    assert "| sac_pmoe | gate | 1 | 1 | 0 | 1 | 0 | 0 | - | - | - |" in text["TargetReaching-v0"]
     assert "| 250 (1 of 3) |" in text["TargetReaching-v0"] and "0123456, 0123456+" in text["TargetReaching-v0"]
     assert "| baseline | 1,625 -> 3,250 | 3,793 -> 3,251 |" in text["MinAtar"]  # at the end of its phase, of the run
     assert "| softmoe-big | 0.19 (0.19 to 0.19) / 0.19 (0.19 to 0.19) |" in text["MinAtar"]
@@ -499,6 +588,98 @@ def test_plot_writes_figures_and_pages_and_repeats_to_the_byte(tmp_path):
     for page in text.values():  # every picture and page that is named is there
         for target in re.findall(r"\]\(([\w./-]+\.(?:png|md))(?:#[\w-]*)?\)", page):
             assert (tmp_path / target).exists() or (RESULTS / target).exists(), target
+
+
+def test_sides_are_counted_over_the_seeds(tmp_path):
+    rows = {1: "1.0,100,0,0.0", 2: "0.95,90,5,0.2975", 3: "0.15,15,0,", 4: "0.0,0,0,"}
+    for seed, row in rows.items():
+        folder = make_run(tmp_path, "TargetReaching-v0-mirror", seed=seed)
+        write_csv(folder / "sides.csv", SIDES, [f"stochastic,100,{row},0.9,{seed},2,"])
+    head, _, row, _ = pages.sides(reading.read(tmp_path).of("TargetReaching-v0-mirror"))
+    assert head.startswith("| label | policy | seeds | of them arrive | only left | only right | both sides |")
+    assert row == "| sac | stochastic | 4 | 2 | 2 | 0 | 1 | 0.053 | 0.90, 0.90, 0.90, 0.90 | 1 or 2 or 3 or 4 |"
+
+
+def test_sac_and_ppo_in_one_folder_have_figures_of_their_own(tmp_path):
+    for label in ("ppo", "ppo_pmoe-both", "sac", "sac_pmoe"):
+        steps = 2000 if label.startswith("ppo") else 1000
+        folder = make_run(tmp_path, "Env-v0-x", label, step=steps, total=steps)
+        fly(folder, stochastic=FLIGHT)
+    page = pages.environment("Env-v0", reading.read(tmp_path), tmp_path)
+    names = [f"Env-v0-x{family}{part}.png" for family in ("", "_ppo") for part in ("", "-paths")]
+    assert re.findall(r"figures/(.*\.png)", page) == names and all((tmp_path / name).exists() for name in names)
+    parts = pages.families(reading.read(tmp_path))
+    assert [list(part.by_label) for part in parts.values()] == [["sac", "sac_pmoe"], ["ppo", "ppo_pmoe-both"]]
+    assert list(pages.families(reading.read(tmp_path).where("label", ["ppo"]))) == ["Env-v0-x"]
+    assert page.count("| label | seeds | evaluated policy |") == 1  # the numbers stand in one table
+
+
+def make_pqn(root, label, seed, parameters, **args):
+    folder = make_run(root, "MinAtar-PQN-asterix", label, seed, **args)
+    run = json.loads((folder / "run.json").read_text())
+    run |= {"script": "pqn_moe" if "moe" in args else "pqn", "parameters": parameters}
+    (folder / "run.json").write_text(json.dumps(run))
+
+
+def test_a_page_of_pqn_from_a_part_of_its_runs(tmp_path, monkeypatch):
+    drawn, save = {}, curves.save
+    monkeypatch.setattr(
+        curves, "save", lambda figure, path: (drawn.update({path.stem: figure.axes}), save(figure, path))
+    )
+    for seed in (1, 2, 3):
+        make_pqn(tmp_path, "pqn", seed, 134_000, game="asterix")
+    plot.main(tmp_path)
+    page, front = ((tmp_path / name).read_text() for name in ("MinAtar.md", "README.md"))
+    assert "| pqn | 3 | greedy | 1,250 (625 to 1,875) |" in page and "figures/MinAtar-PQN-asterix.png" in page
+    assert "| label | seeds |\n" not in page  # nothing to say of the policies
+    assert "MinAtar-PQN.png" not in page + front  # one point compares nothing
+    moe = {"game": "asterix", "num_experts": 4}
+    for label, parameters, args in (
+        ("pqn_moe-wide4", 530_000, {"moe": "wide", "widen": 4}),
+        ("pqn_moe-soft1", 20_000, {"moe": "soft", "num_experts": 1}),
+        ("pqn_moe-soft4", 70_000, {"moe": "soft"}),
+        ("pqn_moe-tokens", 9_000, {"moe": "tokens"}),
+    ):
+        make_pqn(tmp_path, label, 1, parameters, **moe | args)
+    page = pages.environment("MinAtar", reading.read(tmp_path), tmp_path / "figures")
+    assert "![PQN, returns over the number of parameters](figures/MinAtar-PQN.png)" in page
+    (axis,) = drawn["MinAtar-PQN"]
+    handles, names = axis.get_legend_handles_labels()
+    xs = {name: list(handle.get_xdata()) for name, handle in zip(names, handles, strict=True)}
+    assert xs["plain network, times as wide"] == [134_000, 530_000]
+    assert xs["Soft MoE, experts"] == [20_000, 70_000] and xs["tokens without experts"] == [9_000]
+    assert [text.get_text() for text in axis.texts] == ["1", "4", "1", "4", ""]
+
+
+def test_many_labels_are_drawn_without_bands_and_more_without_seeds(tmp_path):
+    for label in "abcdef":
+        make_run(tmp_path, label=label)
+    table = curves.evaluated(reading.read(tmp_path), "return")
+    for labels, number in (("abc", 6), ("abcde", 10), ("abcdef", 6)):  # a line for each mean and for each seed
+        _, (axis,) = curves.panels(1, 1)
+        curves.lines(axis, table[table.label.isin(list(labels))], curves.palette(list("abcdef")))
+        assert len(axis.lines) == number and len(axis.collections) == (3 if number == 6 and len(labels) == 3 else 0)
+
+
+def test_an_agent_alone_on_a_game_has_no_relative_return(tmp_path):
+    for task in ("left", "right"):
+        make_run_of_tasks(tmp_path, f"alone-{task}", 1, (), tasks=[task], protocol="multitask", constant=1000)
+    make_run_of_tasks(tmp_path, "multitask-baseline", 1, experts=())
+    data = reading.read(tmp_path).of("Games")
+    relative = {k: pages.tasks_learned(part, data, "Games")["relative return"] for k, part in data.by_label.items()}
+    assert relative == {"alone-left": "-", "alone-right": "-", "multitask-baseline": "0.63"}
+
+
+def test_every_label_of_a_suite_has_a_meaning_and_a_colour_of_its_own_in_a_figure():
+    known, groups = pd.read_csv(reading.TEXT / "labels.csv"), {}
+    assert known.label.is_unique
+    for suites in benchmark.SUITES.values():
+        for suite in suites if isinstance(suites, list) else [suites]:
+            for label, run in suite.runs.items():
+                groups.setdefault((suite.env, "sac" in run, "multitask" in run), set()).add(curves.kind(label))
+    for (env, *_, several), labels in groups.items():
+        assert labels <= set(known.label), env
+        assert several or len(set(curves.palette(labels).values())) == len(labels), env
 
 
 def test_the_first_page_has_a_row_for_every_claim_without_any_runs(tmp_path):
