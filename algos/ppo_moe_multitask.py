@@ -881,6 +881,7 @@ def rules(args: Args) -> list[tuple[bool, str]]:
     near, multitask = max(args.num_envs // number, 1) * number, args.protocol == "multitask"
     equal = f"needs equal parts of a rollout of {steps} steps, at least 2 each; change it, --num-envs or --num-steps"
     few = args.total_timesteps < phases(args) * steps and not multitask
+    never = multitask or not args.anneal_lr  # nothing to anneal phase by phase
     return [
         (unknown, f"--tasks {unknown}: no game of MinAtar; choose from {', '.join(CHANNELS)}"),
         *mixture_rules(args),
@@ -888,7 +889,7 @@ def rules(args: Args) -> list[tuple[bool, str]]:
         (args.slots != 1 and not (cells and args.router == "softmoe"), f"--slots: {useless} Soft MoE of cells"),
         (args.freeze_router and not learns, f"--freeze-router: {useless} a mixture whose router learns"),
         (multitask and not args.adam_reset, f"--no-adam-reset: {useless} --protocol continual"),
-        (multitask and not args.anneal_per_phase, f"--no-anneal-per-phase: {useless} --protocol continual"),
+        (never and not args.anneal_per_phase, f"--no-anneal-per-phase: {useless} --protocol continual, --anneal-lr"),
         (args.match_params and cells, f"--match-params: {useless} --tokens persamp, experts of cells are small"),
         (multitask and args.num_envs % number, f"--num-envs {args.num_envs}: no multiple of the tasks, as {near} is"),
         (steps % parts or steps < 2 * parts, f"--num-minibatches {parts}: {equal}"),
