@@ -349,7 +349,6 @@ SUITES |= {
             {
                 "softmoe-middle-cells": "softmoe-middle --tokens perconv --slots 0",
                 "topk-middle": "topk-middle --tokens persamp",
-                "hardcoded-all": "hardcoded-all",
             },
             3,
         ),
