@@ -41,7 +41,9 @@ What differs from ppo.py:
    another's gold; with --actions all a policy can come to prefer an action that does nothing in the next game.
 3. --actor-moe and --critic-moe say which layers are mixtures: see Network. An expert has the width of the layer it
    replaces (middle: see 4). --match-params divides the width by n, or for all and big by the root of n, because
-   their largest matrix shrinks at both ends; all experts together then have about the baseline's parameters.
+   their largest matrix shrinks at both ends; all experts together then have about the baseline's parameters. The
+   router of big sees few ones in 100 C inputs and so starts with nearly equal weights: --freeze-router keeps the output
+   close to the mean of the experts.
 4. middle has PerConv tokens by default: each of the 64 cells is a token of 16 channels. An expert is then 16-128-16,
    and the head sees 1,024 inputs, as in the code of 2402.08609; the baseline's largest matrix, 1,024 x 128, is gone.
    With --tokens persamp the token is the sample, and the layer is the baseline's with n experts.
@@ -49,8 +51,8 @@ What differs from ppo.py:
 Where this differs from the papers: one slot per expert where their code has m / n, rounded up (--slots 0). The outputs
 of all cells of a picture are weighted means of the same n p vectors, so they vary in at most n p - 1 of their 16
 dimensions: 2 with three experts. Channels, actions, --match-params, the order of phases, and 2's annealing and Adam are
-ours. Advantages are normalised over a minibatch with all its games, so a game with small rewards has a small part in
-the actor's gradient. With topk and hardcoded an expert computes all that chose it: nothing is dropped.
+ours. Rewards are not scaled, and advantages are normalised over all games of a minibatch, so small rewards have a small
+part in the gradients. With topk and hardcoded an expert computes all that chose it: nothing is dropped.
 Shapes: B batch, N games, T tasks, C channels, n experts, p slots of an expert, m tokens, d inputs, h outputs.
 """
 
