@@ -17,7 +17,8 @@ Paper   Willi, Obando-Ceron, Foerster, Dziugaite and Castro 2024, "Mixture of Ex
         arXiv 2406.18420; before it Obando-Ceron et al. 2024, arXiv 2402.08609, whose code is in Dopamine (labs/moes).
 Layer   y = sum_i w_i(x) f_i(x). softmoe: w = softmax(x Phi). topk: the k largest of that. hardcoded: w = onehot(task).
         Soft MoE (Puigcerver et al. 2023) of m tokens X (m, d), n experts with p slots each, L = X Phi (m, n p):
-        Y = C f(D^T X), D = softmax of L over tokens, C = softmax of L over slots. With one token that is the sum above.
+        Y = C f(D^T X), D = softmax of L over tokens, C = softmax of L over slots; f applies each expert to the rows of
+        its p slots. With one token and one slot per expert that is the sum above.
 
 Run       python algos/ppo_moe_multitask.py --actor-moe big --critic-moe big --protocol continual
           python algos/ppo_moe_multitask.py --tasks freeway seaquest --num-envs 64 --router topk --tokens persamp
@@ -28,26 +29,30 @@ MinAtar (Young and Tian 2019) is a package under GPL-3.0, imported where the gam
 What differs from ppo.py:
 1. Discrete actions and pictures: actor and critic are each a 3x3 convolution to 16 channels, 128 units and a head, as
    is usual for MinAtar. Neither rewards nor observations are normalised. The settings are PureJaxRL's, except for 63
-   environments, not 64, 3,024,000 steps, not 10^7, and a value loss that is neither clipped nor halved twice. Its
-   games are gymnax's, where a limit of 1,000 steps terminates; here it truncates, and MinAtar's sticky actions stay.
+   environments (there 64), 3,024,000 steps (10^7), and a value loss that is neither clipped nor halved twice.
+   PureJaxRL plays gymnax's copies of the games, in which actions are not sticky and a limit of 1,000 steps terminates
+   an episode. Here the games are MinAtar's own, with sticky actions, and that limit truncates.
 2. T tasks. multitask: equal shares of the environments. continual: all environments play one task, then the next,
-   --cycles times. The weights stay. The learning rate is annealed within each phase, so that every task has the same,
-   and Adam starts anew with each phase: its moments would go on moving an expert whose task is over. Both help the
-   baseline, too: --no-adam-reset and --no-anneal-per-phase. Each game has a block of channels and its minimal actions.
-   With --channels shared one game's bricks are another's gold; with --actions all a policy can come to prefer an
-   action that does nothing in the next game, and stand still there.
-3. --actor-moe and --critic-moe say which layers are mixtures: see Network. An expert has the width of the layer that
-   it replaces (middle: see 4). --match-params divides the width by n, or for all and big by the root of n, because
-   their largest matrix shrinks at both ends; all experts together then have about the baseline's parameters.
+   and so on, --cycles times; the weights stay. In each phase the learning rate is annealed anew, so that every task has
+   the same schedule, and Adam starts without moments: the old ones would go on moving an expert whose task is over.
+   All architectures, the baseline included, get both; --no-anneal-per-phase and --no-adam-reset switch them off.
+   Each game has a block of channels of its own, from which the networks can tell the task (only hardcoded routing is
+   given it), and its minimal actions: the logits of the others are masked. With --channels shared one game's bricks are
+   another's gold; with --actions all a policy can come to prefer an action that does nothing in the next game.
+3. --actor-moe and --critic-moe say which layers are mixtures: see Network. An expert has the width of the layer it
+   replaces (middle: see 4). --match-params divides the width by n, or for all and big by the root of n, because
+   their largest matrix shrinks at both ends; all experts together then have about the baseline's parameters. The
+   router of big sees few ones in 100 C inputs and so starts with nearly equal weights: --freeze-router keeps the output
+   close to the mean of the experts.
 4. middle has PerConv tokens by default: each of the 64 cells is a token of 16 channels. An expert is then 16-128-16,
-   and the head sees 1,024 inputs, as in the code of 2402.08609: most of the baseline's parameters are gone. With
-   --tokens persamp the token is the sample, and the layer is the baseline's with n experts.
+   and the head sees 1,024 inputs, as in the code of 2402.08609; the baseline's largest matrix, 1,024 x 128, is gone.
+   With --tokens persamp the token is the sample, and the layer is the baseline's with n experts.
 5. At every evaluation the networks are measured: see measure() and moe.csv.
-Where this differs from the papers: one slot per expert where their code has m / n. A cell's output is a weighted mean
-of the same n p vectors for all cells of a picture, so its cells differ in at most n p - 1 of their 16 dimensions: in 2
-with three experts. Channels, actions, --match-params, the order of phases, and 2's annealing and Adam are ours.
-Advantages are normalised over a minibatch with all its games, so a game with small rewards has a small part in the
-actor's gradient. With topk and hardcoded an expert computes all that chose it: nothing is dropped.
+Where this differs from the papers: one slot per expert where their code has m / n, rounded up (--slots 0). The outputs
+of all cells of a picture are weighted means of the same n p vectors, so they vary in at most n p - 1 of their 16
+dimensions: 2 with three experts. Channels, actions, --match-params, the order of phases, and 2's annealing and Adam are
+ours. Rewards are not scaled, and advantages are normalised over all games of a minibatch, so small rewards have a small
+part in the gradients. With topk and hardcoded an expert computes all that chose it: nothing is dropped.
 Shapes: B batch, N games, T tasks, C channels, n experts, p slots of an expert, m tokens, d inputs, h outputs.
 """
 
@@ -112,13 +117,13 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # the gradient is scaled down to this norm
     # tasks and mixture
-    channels: Literal["own", "shared"] = "own"  # each game has a block of channels, or all begin with the first
+    channels: Literal["own", "shared"] = "own"  # a block of channels for each game, or all start with the first
     actions: Literal["minimal", "all"] = "minimal"  # a game offers the actions that do something in it, or all six
     protocol: Literal["multitask", "continual"] = "multitask"  # all tasks at once, or one after the other
-    cycles: int = 1  # continual: times that the list of tasks is gone through
+    cycles: int = 1  # continual: passes through the list of tasks
     actor_moe: Architecture = "middle"  # which layers of the actor are mixtures
     critic_moe: Architecture = "middle"  # which layers of the critic are mixtures
-    router: Literal["softmoe", "topk", "hardcoded"] = "softmoe"  # who weights the experts
+    router: Literal["softmoe", "topk", "hardcoded"] = "softmoe"  # how experts are weighted
     num_experts: int = 8  # n
     top_k: int = 1  # topk: experts per token
     tokens: Literal["perconv", "persamp"] = "perconv"  # middle: a token is a cell of the convolution, or a sample
@@ -126,9 +131,9 @@ class Args:
     load_balance: float = 0.0  # topk: weight of Switch's load-balancing loss
     match_params: bool = False  # divide the width of the experts by n (all, big: by its root)
     width: int = 128  # hidden units of a network, or of each expert
-    freeze_router: bool = False  # the routers keep their first weights
-    adam_reset: bool = True  # continual: Adam starts anew with each phase
-    anneal_per_phase: bool = True  # continual: --anneal-lr goes over each phase, not over the run
+    freeze_router: bool = False  # the routers keep their initial weights
+    adam_reset: bool = True  # continual: clear Adam's moments when a phase starts
+    anneal_per_phase: bool = True  # continual: --anneal-lr starts anew with each phase
 
     @property
     def env_id(self) -> str:
@@ -143,18 +148,18 @@ MINIMAL = {"asterix": (0, 1, 2, 3, 4), "breakout": (0, 1, 3), "freeway": (0, 2, 
 
 
 def blocks(args: Args) -> list[int]:
-    """The first channel of each task's block, and how many channels there are."""
+    """The first channel of each task's block, and the number of channels."""
     sizes = [CHANNELS[task] for task in args.tasks]
     return [*[0] * len(sizes), max(sizes)] if args.channels == "shared" else [0, *itertools.accumulate(sizes)]
 
 
 def phases(args: Args) -> int:
-    """How many times the tasks change, and one."""
+    """Number of phases: a phase per task and cycle in the continual protocol, otherwise one."""
     return len(args.tasks) * args.cycles if args.protocol == "continual" else 1
 
 
 def running_phase(step: int, args: Args) -> int:
-    """The phase to which step `step` (from 0) belongs; in the continual protocol its task is that mod T."""
+    """Phase of step `step`, both counted from 0; in the continual protocol its task is phase mod T."""
     return step * phases(args) // args.total_timesteps
 
 
@@ -189,7 +194,7 @@ class Mixture(nn.Module):
     def forward(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """x (B, ..), task (B,) -> y (B, h). With topk and hardcoded an expert computes the samples that chose it."""
         w = self.weights(x, task)
-        self.w = w.detach()  # to be looked at
+        self.w = w.detach()  # for measure()
         if self.router == "softmoe":
             return torch.einsum("bn,nbh->bh", w, torch.stack([expert(x) for expert in self.experts]))
         rows = [column.nonzero().squeeze(1) for column in w.T]  # (B_i,) for each expert
@@ -213,7 +218,7 @@ class CellMixture(Mixture):
 
 
 def layer(inputs: int, outputs: int, gain: float = 2**0.5) -> nn.Linear:
-    """Linear layer with orthogonal weights and no bias at the start, as in ppo.py."""
+    """Linear layer that starts with orthogonal weights and a bias of 0, as in ppo.py."""
     linear = nn.Linear(inputs, outputs)
     nn.init.orthogonal_(linear.weight, gain)
     nn.init.zeros_(linear.bias)
@@ -221,7 +226,7 @@ def layer(inputs: int, outputs: int, gain: float = 2**0.5) -> nn.Linear:
 
 
 class Conv(nn.Conv2d):
-    """3x3 convolution whose channels stand last: (B, 10, 10, C) -> (B, 8, 8, width)."""
+    """3x3 convolution with channels last: (B, 10, 10, C) -> (B, 8, 8, width)."""
 
     def __init__(self, channels: int, width: int):
         super().__init__(channels, width, 3)
@@ -240,6 +245,7 @@ class Network(nn.Module):
     final      y = sum_i w_i(h) f3_i(h), h = f2(f1(x))
     all        every layer is a mixture with a router of its own
     big        each expert is a whole network: y = sum_i w_i(x) f3_i(f2_i(f1_i(x))), one router
+    With hardcoded routing all and big are the same function: a network for each task.
     """
 
     MIXED = {"baseline": (), "middle": (1,), "final": (2,), "all": (0, 1, 2), "big": (0, 1, 2)}  # layers with experts
@@ -249,7 +255,7 @@ class Network(nn.Module):
         n, mixed = args.num_experts, self.MIXED[architecture]
         share = (n if len(mixed) == 1 else math.sqrt(n)) if args.match_params else 1
         conv, units = (max(round(w / share), 1) if i in mixed else w for i, w in enumerate((16, args.width)))
-        make = (  # each layer, and how many numbers a router in front of it sees
+        make = (  # each layer, and the number of inputs of a router in front of it
             (lambda: nn.Sequential(Conv(channels, conv), nn.ReLU(), nn.Flatten()), 100 * channels),
             (lambda: nn.Sequential(layer(64 * conv, units), nn.ReLU()), 64 * conv),
             (lambda: layer(units, outputs, gain), units),
@@ -290,7 +296,8 @@ class Agent(nn.Module):
 
     def log_probs(self, obs: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """obs (B, 10, 10, C), task (B,) -> log pi(.|s) (B, 6); what a game does not offer has the probability 0."""
-        return self.actor(obs.float(), task).masked_fill(self.masked[task], -1e9).log_softmax(1)  # -inf would give nan
+        logits = self.actor(obs.float(), task).masked_fill(self.masked[task], -1e9)  # with -inf the entropy is nan
+        return logits.log_softmax(1)
 
     def value(self, obs: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """obs (B, 10, 10, C), task (B,) -> V (B,)."""
@@ -323,7 +330,7 @@ def rollout(agent: Agent, games: "Games", steps: int, args: Args) -> tuple[Batch
             episodes.append((int(games.task[i]), *episode))
             if truncated[i]:
                 cut[t, i] = last_obs  # before the new episode's first
-    *batch, value, reward, terminated, truncated = map(torch.stack, zip(*columns, strict=True))  # (T, N, ...)
+    *batch, value, reward, terminated, truncated = map(torch.stack, zip(*columns, strict=True))  # (steps, N, ..)
 
     next_value = torch.cat([value[1:], agent.value(torch.from_numpy(games.obs).to(args.device), games.task)[None]])
     for (t, i), last_obs in cut.items():
@@ -614,7 +621,9 @@ def measure(agent: Agent, args: Args, step: int, parts: dict) -> list[dict]:
     """Rows of moe.csv, measured on the states of all tasks that probe() finds. Training does not notice.
 
     dormant_TAU  share of dormant neurons, per hidden layer and in total, on all states and on those of a task (column
-                 task). Of a convolution a neuron is a channel. A neuron is 0 where its expert is not chosen (ours)
+                 task). Of a convolution a neuron is a channel. A layer has the neurons of all its experts, and a neuron
+                 is 0 where its expert is not chosen (ours); for TAU > 0 an expert whose values are small beside those
+                 of the others thus counts as dormant, for TAU = 0 it does not
     rank, width, norm  of the penultimate features: effective rank (at most the number of states), number, mean norm
     router       mean weight of each task (column task) and expert (column item); if cells are tokens, over the cells
     entropy      mean over a task's states of the entropy of their weights [nats]: 0 is one expert per state
@@ -881,6 +890,7 @@ def rules(args: Args) -> list[tuple[bool, str]]:
     near, multitask = max(args.num_envs // number, 1) * number, args.protocol == "multitask"
     equal = f"needs equal parts of a rollout of {steps} steps, at least 2 each; change it, --num-envs or --num-steps"
     few = args.total_timesteps < phases(args) * steps and not multitask
+    never = multitask or not args.anneal_lr  # nothing to anneal phase by phase
     return [
         (unknown, f"--tasks {unknown}: no game of MinAtar; choose from {', '.join(CHANNELS)}"),
         *mixture_rules(args),
@@ -888,7 +898,7 @@ def rules(args: Args) -> list[tuple[bool, str]]:
         (args.slots != 1 and not (cells and args.router == "softmoe"), f"--slots: {useless} Soft MoE of cells"),
         (args.freeze_router and not learns, f"--freeze-router: {useless} a mixture whose router learns"),
         (multitask and not args.adam_reset, f"--no-adam-reset: {useless} --protocol continual"),
-        (multitask and not args.anneal_per_phase, f"--no-anneal-per-phase: {useless} --protocol continual"),
+        (never and not args.anneal_per_phase, f"--no-anneal-per-phase: {useless} --protocol continual, --anneal-lr"),
         (args.match_params and cells, f"--match-params: {useless} --tokens persamp, experts of cells are small"),
         (multitask and args.num_envs % number, f"--num-envs {args.num_envs}: no multiple of the tasks, as {near} is"),
         (steps % parts or steps < 2 * parts, f"--num-minibatches {parts}: {equal}"),

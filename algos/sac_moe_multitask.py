@@ -28,10 +28,10 @@ What differs from sac.py:
 2. Every task has a temperature and an equal part of the replay. multitask: a batch has equal shares of all tasks.
    continual: it is the running task's alone (nothing is rehearsed). --learning-starts counts for each task: of the
    160,000 steps of four tasks 40,000 are random, and the first update is at the last random step of the first task.
-3. Actor and critics know the task as a one-hot behind the observation. --no-task-id takes it away from the networks and
-   their routers, except from hardcoded routing.
+3. Actor and critics see the task as a one-hot appended to their input. --no-task-id hides it from the networks and
+   their learned routers; hardcoded routing still uses it.
 4. The state is one token (PerSamp), for which Soft MoE is the dense gate above. --actor-moe and --critic-moe say which
-   layers are mixtures: see Network. An expert has the width of the layer that it replaces. --match-params makes experts
+   layers are mixtures: see Network. An expert has the width of the layer it replaces. --match-params makes experts
    narrower, so that all together have about as many weights as the baseline.
 5. At every evaluation the networks are measured: see measure() and moe.csv.
 Where this differs from the papers: they do not have SAC; 1 to 3, --match-params and the tasks are ours. With topk and
@@ -111,11 +111,11 @@ class Args:
     alpha_init: float = 0.1  # temperature at the start; sac.py's docstring says why
     # tasks and mixture
     protocol: Literal["multitask", "continual"] = "multitask"  # all tasks at once, or one after the other
-    cycles: int = 1  # continual: times that the list of tasks is gone through
+    cycles: int = 1  # continual: passes through the list of tasks
     task_id: bool = True  # append the task's one-hot to the observation
     actor_moe: Architecture = "big"  # which layers of the actor are mixtures
     critic_moe: Architecture = "big"  # which layers of the critics are mixtures
-    router: Literal["softmoe", "topk", "hardcoded"] = "softmoe"  # who weights the experts
+    router: Literal["softmoe", "topk", "hardcoded"] = "softmoe"  # how experts are weighted
     num_experts: int = 4  # n; the default is one for each of the default tasks
     top_k: int = 1  # topk: experts per sample
     load_balance: float = 0.0  # topk: weight of Switch's load-balancing loss
@@ -131,12 +131,12 @@ class Args:
 
 
 def phases(args: Args) -> int:
-    """How many times the tasks change, and one."""
+    """Number of phases: a phase per task and cycle in the continual protocol, otherwise one."""
     return len(args.tasks) * args.cycles if args.protocol == "continual" else 1
 
 
 def running_phase(step: int, args: Args) -> int:
-    """The phase to which step `step` (from 0) belongs; in the continual protocol its task is that mod T."""
+    """Phase of step `step`, both counted from 0; in the continual protocol its task is phase mod T."""
     return step * phases(args) // args.total_timesteps
 
 
@@ -171,7 +171,7 @@ class Mixture(nn.Module):
     def forward(self, x: torch.Tensor, task: torch.Tensor) -> torch.Tensor:
         """x (B, ..), task (B,) -> y (B, h). With topk and hardcoded an expert computes the samples that chose it."""
         w = self.weights(x, task)
-        self.w = w.detach()  # to be looked at
+        self.w = w.detach()  # for measure()
         if self.router == "softmoe":
             return torch.einsum("bn,nbh->bh", w, torch.stack([expert(x) for expert in self.experts]))
         rows = [column.nonzero().squeeze(1) for column in w.T]  # (B_i,) for each expert
@@ -187,6 +187,7 @@ class Network(nn.Module):
     final      y = sum_i w_i(h) f3_i(h), h = f2(f1(x))
     all        every layer is a mixture with a router of its own
     big        each expert is a whole network: y = sum_i w_i(x) f3_i(f2_i(f1_i(x))), one router
+    With hardcoded routing all and big are the same function: a network for each task.
     """
 
     MIXED = {"baseline": (), "middle": (1,), "final": (2,), "all": (0, 1, 2), "big": (0, 1, 2)}  # layers with experts
@@ -200,7 +201,7 @@ class Network(nn.Module):
             e = inputs + outputs
             narrow = max(round((math.sqrt(e**2 + 4 * (hidden**2 + e * hidden) / n) - e) / 2), 1)
         h1, h2 = (narrow if i in mixed else hidden for i in (0, 1))
-        make = (  # each layer, and how many numbers a router in front of it sees
+        make = (  # each layer, and the number of inputs of a router in front of it
             (lambda: nn.Sequential(nn.Linear(inputs, h1), nn.ReLU()), inputs),
             (lambda: nn.Sequential(nn.Linear(h1, h2), nn.ReLU()), h1),
             (lambda: nn.Linear(h2, outputs), h2),
@@ -638,7 +639,9 @@ def measure(agent: Agent, args: Args, step: int, parts: dict) -> list[dict]:
     """Rows of moe.csv, measured on the states of all tasks that probe() finds. Training does not notice.
 
     dormant_TAU  share of dormant neurons, per hidden layer and in total, on all states and on those of a task (column
-                 task). Of a convolution a neuron is a channel. A neuron is 0 where its expert is not chosen (ours)
+                 task). Of a convolution a neuron is a channel. A layer has the neurons of all its experts, and a neuron
+                 is 0 where its expert is not chosen (ours); for TAU > 0 an expert whose values are small beside those
+                 of the others thus counts as dormant, for TAU = 0 it does not
     rank, width, norm  of the penultimate features: effective rank (at most the number of states), number, mean norm
     router       mean weight of each task (column task) and expert (column item); if cells are tokens, over the cells
     entropy      mean over a task's states of the entropy of their weights [nats]: 0 is one expert per state

@@ -306,7 +306,8 @@ SUITES |= {
 
 
 # The second paper's agents on three MinAtar games that share no input: a block of channels for each, its own actions.
-MINATAR_OWN = "--num-experts 3 --total-timesteps 3024000 --num-threads 1"  # 375 rollouts, of each game 125
+# 375 rollouts, of each game 125, and twelve evaluations equally far apart, the fourth and the eighth at a switch.
+MINATAR_OWN = "--num-experts 3 --total-timesteps 3024000 --eval-every 252000 --num-threads 1"
 GAMES = ("space_invaders", "breakout", "asterix")
 BOTH = ("multitask", "continual")
 
@@ -349,7 +350,6 @@ SUITES |= {
             {
                 "softmoe-middle-cells": "softmoe-middle --tokens perconv --slots 0",
                 "topk-middle": "topk-middle --tokens persamp",
-                "hardcoded-all": "hardcoded-all",
             },
             3,
         ),

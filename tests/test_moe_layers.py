@@ -308,6 +308,18 @@ def test_one_expert_is_the_baseline(either, architecture, router):
     torch.testing.assert_close(net(x, task), baseline(x, task))
 
 
+def test_hardcoded_all_is_hardcoded_big(either):
+    """A network for each task, so runs of the two differ by chance only; with a learned router they are not alike."""
+    for router in ("hardcoded", "softmoe"):
+        big, x = network(either, "big", router=router, num_experts=3)
+        layered, _ = network(either, "all", router=router, num_experts=3)
+        for k, mixture in enumerate(layered.layers):
+            for mine, theirs in zip(mixture.experts, big.layers[0].experts, strict=True):
+                mine.load_state_dict(theirs[k].state_dict())
+        task = torch.arange(9) % 3
+        assert torch.allclose(layered(x, task), big(x, task), atol=1e-6) == (router == "hardcoded")
+
+
 # What is measured
 
 

@@ -615,6 +615,10 @@ WRONG_PPO = {
     "no router to freeze": (dict(freeze_router=True, actor_moe="baseline", critic_moe="baseline"), "--freeze-router"),
     "no phases, Adam": (dict(adam_reset=False), "--no-adam-reset"),
     "no phases, annealing": (dict(anneal_per_phase=False), "--no-anneal-per-phase"),
+    "nothing to anneal": (
+        dict(protocol="continual", anneal_lr=False, anneal_per_phase=False),
+        "--no-anneal-per-phase",
+    ),
     "minibatches of one": (dict(num_minibatches=64), "at least 2 each; change it, --num-envs or --num-steps"),
 }
 
