@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import stats
-from reading import TEXT, Data, policy_name
+from reading import TEXT, Data, kind, policy_name
 
 NETWORKS = ("actor", "critic")
 DPI, WIDTH = 150, 8  # 1,200 pixels, shown at about 800
@@ -29,11 +29,6 @@ def palette(labels) -> dict[str, tuple]:
     colours = sns.color_palette("colorblind")
     free = iter([i for i in range(len(colours)) if i not in numbers.values()] * len(labels))
     return {label: colours[numbers[label] if label in numbers else next(free)] for label in labels}
-
-
-def kind(label: str) -> str:
-    """A label without its protocol."""
-    return label.removeprefix("multitask-").removeprefix("continual-")
 
 
 def save(figure, path: Path):
@@ -133,9 +128,11 @@ def learning(data: Data, path: Path):
     drawn.append(("success of evaluations", evaluated(data, "success")))
     drawn = [(title, curves) for title, curves in drawn if curves.value.notna().any()]
     figure, axes = panels(len(drawn), len(drawn), 3)
+    start = data.args().get("learning_starts", 0)
+    start *= start > data.args()["total_timesteps"] / 4  # where random steps are a large part, they are left out
     for axis, (title, curves) in zip(axes, drawn, strict=True):
         lines(axis, curves, palette(labels), share=title.startswith("success"))
-        axis.set(ylabel=title)
+        axis.set(ylabel=title, xlim=(start, None))
     legend(figure, axes, {label: name_in_legend(part) for label, part in data.by_label.items()})
     save(figure, path)
 

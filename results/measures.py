@@ -48,9 +48,12 @@ def own_phase(data: Data, evals: pd.DataFrame) -> pd.DataFrame:
 def area(data: Data, column: str) -> pd.DataFrame:
     """Area under the learning curve divided by the steps: the mean of the evaluations, which are equally far apart.
 
+    Those before the first update do not count.
     In MinAtar-3-games not quite: two stand almost together at the end, and two at the second switch of a continual run.
     """
-    return per_task(data, own_phase(data, evaluations(data)).groupby(["seed", "task"])[column].mean())
+    evals = own_phase(data, evaluations(data))
+    evals = evals[evals.global_step > data.args().get("learning_starts", 0)]
+    return per_task(data, evals.groupby(["seed", "task"])[column].mean())
 
 
 def end(data: Data, column: str, policy: str | None = None) -> pd.DataFrame:

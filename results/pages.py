@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import stats
 from curves import NETWORKS
-from reading import TEXT, Data, natural, policy_name
+from reading import TEXT, Data, kind, natural, policy_name
 
 MADE = "<!-- python results/plot.py makes this page; what is written by hand is in results/text -->"
 LOCAL = re.compile(r"\]\(([\w./-]+\.(?:png|md|csv))\)")  # targets of links and pictures in this folder
@@ -72,7 +72,7 @@ def environment(name: str, data: Data, figures: Path) -> str:
 def labels_of(data: Data) -> list[str]:
     """What the labels of a page mean."""
     known = pd.read_csv(TEXT / "labels.csv")
-    here = dict.fromkeys(map(curves.kind, data.runs.label))
+    here = dict.fromkeys(map(kind, data.runs.label))
     return markdown([{"label": f"`{r.label}`", "meaning": r.meaning} for r in known.itertuples() if r.label in here])
 
 
@@ -236,7 +236,7 @@ def by_architecture(data: Data) -> dict[str, Data]:
 def tasks_learned(data: Data, every: Data, folder: str) -> dict[str, str]:
     """A row: the area of each task, and what the stochastic policy has at the end."""
     column = "success" if curves.has_success(data) else "return"
-    row = {"label": curves.kind(data.runs.label.iloc[0]), "seeds": str(len(data.runs))}
+    row = {"label": kind(data.runs.label.iloc[0]), "seeds": str(len(data.runs))}
     areas = measures.of(data, "area of success" if column == "success" else "area")
     row |= {f"{task}, area": stats.summary(areas[task], column == "success") for task in areas}
     ends = measures.of(data, f"stochastic {column}")
@@ -253,14 +253,14 @@ def tasks_learned(data: Data, every: Data, folder: str) -> dict[str, str]:
 def forgotten(data: Data) -> dict[str, str]:
     """A row, continual: what each task had reached at the end of its own phase, and what is left at the end."""
     column = "success at the end" if curves.has_success(data) else "return at the end"
-    left, row = measures.of(data, column), {"end of its phase -> of the run": curves.kind(data.runs.label.iloc[0])}
+    left, row = measures.of(data, column), {"end of its phase -> of the run": kind(data.runs.label.iloc[0])}
     reached = measures.of(data, "return at the end of its phase") if column.startswith("return") else left
     return row | {t: f"{stats.number(reached[t].mean())} -> {stats.number(left[t].mean())}" for t in left}
 
 
 def networks(data: Data) -> dict[str, str]:
     """A row: what was measured on actor and critic, mean of the last three evaluations, and their sizes."""
-    row = {"actor / critic": curves.kind(data.runs.label.iloc[0])}
+    row = {"actor / critic": kind(data.runs.label.iloc[0])}
     for name in ("dormant", "rank / width", "features' norm", "gradients' cosine"):
         row[name] = " / ".join(cell(data, f"{name}, {network}") for network in NETWORKS)
     parameters = data.runs.parameters.iloc[0]

@@ -14,7 +14,7 @@ import curves
 import maps
 import measures
 import pages
-from reading import Data, natural, read
+from reading import Data, kind, natural, read
 
 TASKS = ("Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid", "HumanoidStandup")  # the paper's
 MINATAR = ("MinAtar-own", "MinAtar-3-games")  # the first that has runs
@@ -47,8 +47,7 @@ def minatar(data: Data, figures: Path):
         curves.tasks(protocols, figures / "MinAtar.png")
         shares = {
             f"{protocol}, {network}": {
-                curves.kind(label): measures.of(group, f"dormant, {network}")[""]
-                for label, group in part.by_label.items()
+                kind(label): measures.of(group, f"dormant, {network}")[""] for label, group in part.by_label.items()
             }
             for protocol, part in protocols.items()
             for network in curves.NETWORKS

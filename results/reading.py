@@ -99,6 +99,11 @@ def natural(path: Path | str) -> list:
     return [[int(word) if word.isdigit() else word for word in re.split(r"(\d+)", part)] for part in Path(path).parts]
 
 
+def kind(label: str) -> str:
+    """A label without its protocol."""
+    return label.removeprefix("multitask-").removeprefix("continual-")
+
+
 def short(task: str) -> str:
     """`moe_envs:TargetReaching-v0?layout=task1&obstacle_penalty=-10` -> `task1`."""
     name, _, query = task.partition("?")
@@ -135,9 +140,13 @@ def read(root: Path) -> Data:
         frame = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=KEYS + columns)
         frames[name] = frame.assign(**{c: pd.NA for c in columns if c not in frame})
     data = share(Data(**frames))
-    keys = data.runs[["folder", "label"]].agg("/".join, axis=1) if len(data.runs) else data.runs.folder
-    order = sorted(data.runs.index, key=lambda i: (natural(keys[i]), data.runs.seed[i]))
-    runs = data.runs.loc[order].reset_index(drop=True)
+    known = {label: i for i, label in enumerate(pd.read_csv(TEXT / "labels.csv").label)}  # others come last
+
+    def place(i: int) -> tuple:
+        folder, label, seed = data.runs.loc[i, KEYS]
+        return natural(folder), known.get(kind(label), len(known)), natural(label), seed
+
+    runs = data.runs.loc[sorted(data.runs.index, key=place)].reset_index(drop=True)
     return dataclasses.replace(data, runs=runs.assign(headline=headline(runs, data.evals)))
 
 

@@ -58,7 +58,7 @@ def make_run(root, env="Env-v0", label="sac", seed=1, step=1000, total=1000, suc
         if "num_experts" in args
         else "sac",
         "command": f"python algos/sac.py --label {label}",
-        "args": {"seed": seed, "total_timesteps": total, "learning_starts": 500} | args,
+        "args": {"seed": seed, "total_timesteps": total, "learning_starts": 100} | args,
         "commit": "0123456789",
         "dirty": {2: True, 10: None}.get(seed, False),  # None: not in a repository
         "versions": {"torch": "2"},
@@ -260,14 +260,16 @@ def recount(folder):
     """Area and last value of an eval.csv, and area of training, without pandas."""
     rows = list(csv.DictReader(open(folder / "eval.csv")))
     policy = "gate" if any(row["policy"] == "gate" for row in rows) else "deterministic"
-    returns = [float(row["return"]) for row in rows if row["policy"] == policy]
-    training = math.nan
+    rows, training = [row for row in rows if row["policy"] == policy], math.nan
+    first = json.loads((folder / "run.json").read_text())["args"].get("learning_starts", 0)
+    learned = [float(row["return"]) for row in rows if int(row["global_step"]) > first]
+    last = [float(row["return"]) for row in rows[-3:]]
     if (folder / "scalars.csv").exists():
         points = [
             float(row.get("charts/episodic_return") or "nan") for row in csv.DictReader(open(folder / "scalars.csv"))
         ]
         training = sum(points[1:]) / len(points[1:])
-    return sum(returns) / len(returns), sum(returns[-3:]) / 3, training
+    return sum(learned) / len(learned), sum(last) / 3, training
 
 
 def test_the_numbers_of_the_committed_runs_by_another_computation():
@@ -284,6 +286,14 @@ def test_the_numbers_of_the_committed_runs_by_another_computation():
                     assert values[""].tolist() == pytest.approx(expected[:, column].tolist()), (folder, label, name)
                     counted += 1
     assert counted > 50
+
+
+def test_area_begins_with_the_first_update_and_labels_stand_in_their_own_order(tmp_path):
+    for label in ("new", "sac_gating", "sac_pmoe", "sac"):
+        make_run(tmp_path, label=label, learning_starts=500)
+    data = reading.read(tmp_path)
+    assert list(data.by_folder["Env-v0"].by_label) == ["sac", "sac_pmoe", "sac_gating", "new"]
+    assert measures.of(data.of("Env-v0", "sac"), "area")[""].tolist() == [(750 + 1000) / 2]
 
 
 # Claims
@@ -676,7 +686,7 @@ def test_every_label_of_a_suite_has_a_meaning_and_a_colour_of_its_own_in_a_figur
     for suites in benchmark.SUITES.values():
         for suite in suites if isinstance(suites, list) else [suites]:
             for label, run in suite.runs.items():
-                groups.setdefault((suite.env, "sac" in run, "multitask" in run), set()).add(curves.kind(label))
+                groups.setdefault((suite.env, "sac" in run, "multitask" in run), set()).add(reading.kind(label))
     for (env, *_, several), labels in groups.items():
         assert labels <= set(known.label), env
         assert several or len(set(curves.palette(labels).values())) == len(labels), env
