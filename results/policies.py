@@ -4,12 +4,16 @@ python results/policies.py
 
 Each file of results/policies/ENVIRONMENT/LABEL/ is the policy that a finished run left (policy.pt). The table has the
 return that the run's last evaluation saw, and that of the first episode alone as this machine flies it, which
-tests/test_policies.py repeats. Acts by the mean, a mixture by that of an expert drawn from the gate.
+tests/test_policies.py repeats.
 """
 
+import contextlib
 import csv
+import json
 import platform
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -21,32 +25,33 @@ PAGE = """<!-- python results/policies.py makes this page -->
 
 # Policies
 
-What finished runs left: the actor and the flags. Seed 1 of every label, not the best one; of Hopper every seed.
+What finished runs left: the actor and the flags. Seed 1 of every label, not the best one; of Hopper every seed. Runs
+from before policies were kept left none.
 
 ```bash
 python algos/SCRIPT.py --evaluate results/policies/FILE --video    # JSON and a GIF beside the file
 ```
 
-*Return* is the mean over the episodes of the run's last evaluation; a single Gaussian acts by its mean
-(`deterministic`), a mixture by the mean of an expert drawn from its gate (`gate`).
+*Return* is the mean over the episodes of the run's last evaluation, of several tasks one after the other. A single
+Gaussian acts by its mean (`deterministic`), a mixture by the mean of an expert drawn from its gate (`gate`). On games
+`deterministic` is the best or likeliest action.
 
 | file | script | acts by | return | success |
 |---|---|---|---:|---:|
 """
 
 
-def first_episode(path: Path) -> tuple[str, str, float]:
-    """Script, policy and the raw return of the first evaluation episode of a saved policy."""
-    saved = torch.load(path, map_location="cpu", weights_only=True)
-    script = load_script(saved["script"])
-    args = script.Args(**script.OLDER | saved["args"] | {"device": "cpu", "eval_episodes": 1})
-    torch.set_num_threads(1)
-    env = script.Env(args, evaluation=True)
-    agent = script.Agent(env.observation_space.shape[0], env.action_space.shape[0], args)
-    actor = {key.removeprefix("actor."): x for key, x in saved["agent"].items() if key.startswith("actor.")}
-    agent.actor.load_state_dict(actor)
-    policy = script.Actor.policies[-1]
-    return saved["script"], policy, script.evaluate(agent, env, args, saved["global_step"], policy)["return"]
+def first_episode(path: Path) -> tuple[str, str, list[float]]:
+    """Script, policy and, of each task, the raw return of its first evaluation episode, by the script's --evaluate."""
+    name = torch.load(path, map_location="cpu", weights_only=True)["script"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(None):
+        file = Path(shutil.copy(path, folder))
+        words = ["--evaluate", str(file), "--eval-episodes", "1", "--device", "cpu", "--num-threads", "1"]
+        load_script(name).main(words)
+        results = json.loads(file.with_suffix(".json").read_text())
+    policy = "gate" if "gate" in results else "deterministic"
+    rows = results[policy] if isinstance(results[policy], list) else [results[policy]]
+    return name, policy, [row["return"] for row in rows]
 
 
 def machine() -> str:
@@ -59,13 +64,17 @@ def main(root: Path = POLICIES):
     for path in sorted(root.glob("*/*/*.pt")):
         script, policy, first = first_episode(path)
         with open(root.parent / "runs" / path.relative_to(root).with_suffix("") / "eval.csv") as file:
-            last = [row for row in csv.DictReader(file) if row["policy"] == policy][-1]
-        name = str(path.relative_to(root))
-        rows.append((name, script, policy, last["return"], last["success"], first, machine()))
+            last = [row for row in csv.DictReader(file) if row["policy"] == policy][-len(first) :]
+        returns, success = (" ".join(row[column] for row in last) for column in ("return", "success"))
+        name, one = str(path.relative_to(root)), " ".join(map(str, first))
+        rows.append((name, script, policy, returns, success, one, machine()))
     with open(root / "policies.csv", "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows([COLUMNS, *rows])
-    lines = [f"| [{r[0]}]({r[0]}) | `{r[1]}.py` | {r[2]} | {float(r[3]):.1f} | {r[4]} |\n" for r in rows]
-    (root / "README.md").write_text(PAGE + "".join(lines).replace("| nan |", "| - |"))
+    lines = []
+    for name, script, policy, returns, success, *_ in rows:
+        numbers = ", ".join(f"{float(x):.1f}" for x in returns.split())
+        lines.append(f"| [{name}]({name}) | `{script}.py` | {policy} | {numbers} | {success.replace('nan', '-')} |\n")
+    (root / "README.md").write_text(PAGE + "".join(lines))
     return len(rows)
 
 
