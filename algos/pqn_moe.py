@@ -26,13 +26,15 @@ What differs from pqn.py:
    none    the 128 units of pqn.py
    wide    128 times --widen units
    soft    Soft MoE of n experts 16-128-16 with p = 64 / n slots each (rounded down), so the cost does not depend on n
-   topk    the same experts, each token to the one with the largest weight, y = w_i f_i(x), w = softmax(x Phi)
+   topk    top-1: the same experts, each token to the one with the largest weight in w = softmax(x Phi)
    tokens  one expert for every token, y = f(x), and nothing to route
 2. The mixtures keep 64 tokens of 16 channels, so the last layer has 1,024 inputs, and LayerNorm takes one token. The
    matrix of 1,024 x 128, most of pqn.py's parameters, is gone: with experts the network is smaller, not larger.
-3. The share of each expert is logged (moe/usage_k): mean weight of its slots, or share of the tokens that chose it.
-Where this differs from the papers: PQN on MinAtar, not DQN and Rainbow on Atari; experts have no biases; top-1 has no
-balancing loss and drops no token.
+3. Top-1 weights what LayerNorm returns, y = w_i LayerNorm(f_i(x)): it would undo a weight before it, as it maps w f(x)
+   and f(x) to the same, and the router would not learn.
+4. The share of each expert is logged (moe/usage_k): the weight of its slots, or how many of the tokens chose it.
+Where this differs from the papers' code: PQN on MinAtar, not DQN and Rainbow on Atari; LayerNorm and ReLU follow the
+mixture; experts have no biases; p is rounded down, not up; top-1 has no balancing loss and drops no token.
 Letters in the shape comments: T steps, N games, B batch, C channels of a picture, A actions; m, n, p, d as above.
 """
 
@@ -102,7 +104,7 @@ class Args:
 
 
 class Mixture(nn.Module):
-    """n experts, MLPs 16-128-16 with ReLU, on the tokens of a picture; --moe names the way they are combined."""
+    """n experts, MLPs 16-128-16 with ReLU, on the tokens of a picture, and LayerNorm; --moe says how they combine."""
 
     def __init__(self, args: Args, tokens: int = 64, size: int = 16, hidden: int = 128):
         super().__init__()
@@ -114,24 +116,25 @@ class Mixture(nn.Module):
         if self.moe != "tokens":
             slots = tokens // experts if self.moe == "soft" else 1  # p
             self.phi = nn.Parameter(torch.randn(size, experts * slots) / math.sqrt(size))
+        self.norm = nn.LayerNorm(size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X (B, m, d) -> Y (B, m, d)."""
         n = len(self.experts)
         if self.moe == "tokens":
-            return self.experts[0](x)
+            return self.norm(self.experts[0](x))
         logits = x @ self.phi  # (B, m, n p)
         if self.moe == "soft":
             slots = logits.softmax(1).transpose(1, 2) @ x  # (B, n p, d): means of the tokens
             y = torch.cat([f(part) for f, part in zip(self.experts, slots.chunk(n, 1), strict=True)], 1)  # (B, n p, d)
             combine = logits.softmax(2)  # (B, m, n p)
             self.usage = combine.detach().mean((0, 1)).view(n, -1).sum(1)
-            return combine @ y
+            return self.norm(combine @ y)
         w, chosen = logits.softmax(2).max(2)  # (B, m)
         rows = [chosen == i for i in range(n)]  # (B, m) each
         self.usage, y = torch.stack(rows).float().mean((1, 2)), torch.zeros_like(x)
         for f, mine in zip(self.experts, rows, strict=True):
-            y[mine] = w[mine][:, None] * f(x[mine])
+            y[mine] = w[mine][:, None] * self.norm(f(x[mine]))  # LayerNorm of w f(x) would not depend on w
         return y
 
 
@@ -150,7 +153,7 @@ class Network(nn.Module):
             self.middle = nn.Sequential(nn.Flatten(), nn.Linear(64 * 16, units), nn.LayerNorm(units), nn.ReLU())
         else:
             units = 64 * 16
-            self.middle = nn.Sequential(Mixture(args), nn.LayerNorm(16), nn.ReLU(), nn.Flatten())
+            self.middle = nn.Sequential(Mixture(args), nn.ReLU(), nn.Flatten())
         self.head = nn.Linear(units, num_actions)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
