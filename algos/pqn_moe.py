@@ -9,11 +9,11 @@
 #     "numpy>=2.0,<3",
 # ]
 # ///
-"""PQN on MinAtar whose Q-network holds a mixture of experts (Soft MoE, top-1), or the controls for one.
+"""PQN on MinAtar with a mixture of experts in the Q-network, Soft MoE or top-1, and its controls.
 
 Papers  Obando-Ceron et al. 2024, "Mixtures of Experts Unlock Parameter Scaling for Deep RL", arXiv 2402.08609, with the
         layer of Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", arXiv 2308.00951.
-        Sokar et al. 2024, "Don't flatten, tokenize!", arXiv 2410.01930, who find that the tokens matter.
+        Sokar et al. 2024, "Don't flatten, tokenize!", arXiv 2410.01930, on what the tokens do.
 Layer   X (m, d): m = 64 cells of the convolution as tokens of d = 16 channels; L = X Phi (m, n p);
         S = softmax_tokens(L)^T X (n p, d); expert i maps its p rows of S; Y = softmax_slots(L) f(S) (m, d).
 
@@ -73,8 +73,8 @@ class Args:
     total_timesteps: int = 2_000_000  # steps of all games together
     run_dir: str | None = None  # folder of this run (default: runs/MinAtar-<game>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to go on with; --total-timesteps can make it longer
-    evaluate: str | None = None  # folder of a run to evaluate instead of training
-    video: bool = False  # with --evaluate: also write video.gif into the run folder
+    evaluate: str | None = None  # folder of a run, or a policy's file, to evaluate instead of training
+    video: bool = False  # with --evaluate: also write a GIF beside it
     eval_every: int = 100_000  # steps between evaluations, each at the end of a rollout
     eval_episodes: int = 20  # episodes of each policy per evaluation
     checkpoint_every: int = 200_000  # steps between checkpoints, each at the end of a rollout
@@ -82,9 +82,9 @@ class Args:
     num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 2)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
     # MinAtar's rules
-    sticky_actions: float = 0.0  # probability that a game repeats the action before instead
+    sticky_actions: float = 0.0  # probability that a game repeats the previous action instead
     minimal_actions: bool = True  # only the actions that do something in this game
-    time_limit: int = 1_000  # steps that truncate an episode
+    time_limit: int = 1_000  # steps after which an episode is truncated
     # PQN
     num_envs: int = 128  # games side by side
     num_steps: int = 32  # steps of each game per rollout
@@ -139,7 +139,7 @@ class Mixture(nn.Module):
 
 
 class Network(nn.Module):
-    """Q(s, .): 3x3 convolution to 16 channels, a wide layer or a mixture, A outputs; LayerNorm, then ReLU after each.
+    """Q(s, .): 3x3 convolution to 16 channels, a wide layer or a mixture, A outputs; LayerNorm, then ReLU follow each.
 
     The first LayerNorm takes the 16 channels of one cell, not the whole picture.
     """
@@ -206,10 +206,10 @@ def rollout(agent: Agent, games: "Games", epsilon: float, args: Args) -> tuple["
         for i, last_obs, episode in ended:
             episodes.append(episode)
             if truncated[i]:
-                cut[t, i] = last_obs  # before the new episode's first
+                cut[t, i] = last_obs  # s_{t+1}; games.obs shows the next episode
     obs, action, value, reward, terminated, truncated = map(torch.stack, zip(*columns, strict=True))  # (T, N, ...)
 
-    # The weights stay the same during a rollout, so V(s_{t+1}) is what step t + 1 acted by, except at truncations
+    # No weight changes during a rollout, so step t + 1 has computed V(s_{t+1}) already, except at truncations
     last_obs = torch.from_numpy(np.stack([*games.obs, *cut.values()]))
     last_value, *cut_value = agent.act(last_obs, 0)[1].split([args.num_envs] + [1] * len(cut))
     next_value = torch.cat([value[1:], last_value[None]])
