@@ -362,10 +362,10 @@ def evaluate(agent: Agent, args: Args, step: int, policy: str, watch=lambda game
 def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float]:
     """Two columns of eval.csv: how much of the network is in use on the states obs (B, 10, 10, C).
 
-    dormant  share of hidden units with E|h_j| <= 0.025 mean_k E|h_k|, k in the same layer (Sokar et al. 2023); where a
-             layer treats 64 cells alike, a cell is a sample; an expert is a layer
+    dormant  share of hidden units with E|h_j| <= 0.025 mean_k E|h_k|, k in the same layer (Sokar et al. 2023, arXiv
+             2302.12902); where a layer treats 64 cells alike, a cell is a sample; an expert is a layer
     rank     effective rank of what the last layer sees: the least number of singular values, largest first, that sum to
-             0.99 of all (Kumar et al. 2021)
+             0.99 of all (Kumar et al. 2021, arXiv 2010.14498)
     """
     sizes, features = [], []
     hooks = [
