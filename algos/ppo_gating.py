@@ -10,13 +10,13 @@
 #     "numpy>=2.0,<3",
 # ]
 # ///
-"""PPO with a gating operation: a gate averages K experts into one Gaussian. A rival of PMOE; not a mixture.
+"""PPO with a gating operation: one Gaussian, whose mean and standard deviation a gate averages over K experts.
 
-Paper   Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347.
-Rival   of PMOE in Ren et al. 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning",
-        arXiv 2104.09122.
-Policy  a ~ N(mu(s), sigma(s)^2), mu = sum_k w_k mu_k, sigma = sum_k w_k sigma_k: one mode, as in ppo.py. The
-        environment receives clip(a, -1, 1).
+Papers  Schulman et al. 2017, "Proximal Policy Optimization Algorithms", arXiv 1707.06347.
+        Ren et al. 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning", arXiv 2104.09122,
+        which compares PMOE with a gating operation. Its definition was not available to us.
+Policy  a ~ N(mu(s), sigma(s)^2), mu = sum_k w_k mu_k, sigma = sum_k w_k sigma_k: not a mixture. The environment
+        receives clip(a, -1, 1).
 
 Run       python algos/ppo_gating.py                                 # target-reaching
           python algos/ppo_gating.py --env-id HalfCheetah-v5 --num-experts 8 --total-timesteps 1000000
@@ -24,10 +24,9 @@ Run       python algos/ppo_gating.py                                 # target-re
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
 What differs from ppo.py is the actor; in brackets, where each choice comes from:
-1. K experts (PMOE: primitives), each a mean on one trunk and a log sigma_k, and a gate w = softmax. PMOE's paper names
-   this rival; we could not obtain its definition. Public code averages means: ActorMoE in amp-rsl-rl, and, under the
-   name MCP, the humanoid controllers UHC and PHC. ActorMoE has one sigma for all experts and states: --std shared. To
-   average the sigmas as well is ours.
+1. K experts (PMOE: primitives), each a mean on one trunk and a log sigma_k, and a gate w = softmax. Public code
+   averages means: ActorMoE in amp-rsl-rl and, under the name MCP, the humanoid controllers UHC and PHC. ActorMoE has
+   one sigma for all experts and states: --std shared. To average the sigmas is ours; sigma then depends on the state.
 2. One draw for all experts (ours): independent draws, averaged, would shrink sigma, down to sigma / sqrt(K).
 3. PPO's gradient reaches experts and gate alike, through mu and sigma (as in ActorMoE).
 4. Four experts; the gate is linear in the normalised observation, its gain 0.01: as in ppo_pmoe.py (ours).

@@ -24,10 +24,10 @@ Run       python algos/ppo_mcp.py                                 # target-reach
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
 What differs from ppo.py is the actor:
-1. K = 8 experts, means on one trunk, and a gate w = sigmoid, which is not normalised (both as in the paper). The
-   weights of --gate softmax sum to 1 (ours): with one expert this is ppo.py, but for the clamp and the random numbers
-   that the gate's first weights take. The paper's rival "MOE" is an additive mixture.
-2. The paper's sigma is the variance. Two public copies take it for the standard deviation, which is another policy.
+1. K = 8 experts, means on one trunk, and a gate w = sigmoid, which is not normalised (as in the paper). The weights of
+   --gate softmax sum to 1 (ours): with one expert this is ppo.py, but for the clamp and the random numbers that the
+   gate's first weights take. What the paper compares with as "MOE" is an additive mixture.
+2. The paper's sigma is a variance; read as a standard deviation it would give another policy.
 Where this differs from the paper, by our choice:
 1. There, primitives are trained on reference motions, then frozen, and a new gate learns each task. Here experts and
    gate learn one task from the start, end to end: what is compared is the form of the policy, not the transfer.
@@ -210,7 +210,7 @@ class Actor(nn.Module):
             "policy/entropy": self.entropy(log_std),
             "moe/gate_entropy": torch.special.entr(share).sum(1).mean(),
             "moe/expert_distance": distance.mean() * (w.shape[1] / max(w.shape[1] - 1, 1)),
-            **{f"moe/usage_{k}": weight for k, weight in enumerate(w.mean(0))},  # of a sigmoid no shares
+            **{f"moe/usage_{k}": weight for k, weight in enumerate(w.mean(0))},  # sigmoids are no shares
         }
 
 

@@ -12,27 +12,31 @@
 """Parallelised Q-network (PQN) on MinAtar: Q(lambda) without a replay and without a target network.
 
 Paper   Gallici et al. 2024, "Simplifying Deep Temporal Difference Learning", arXiv 2407.04811.
-Target  G_t = r_t + gamma (1 - terminated_t) [lambda G_{t+1} + (1 - lambda) max_a Q(s_{t+1}, a)], of Q with LayerNorm.
+Target  G_t = r_t + gamma (1 - terminated_t) [lambda G_{t+1} + (1 - lambda) max_a Q(s_{t+1}, a)].
+        This is Peng's Q(lambda): an exploratory action does not cut the return. In place of a target network, Q has
+        LayerNorm; in place of a replay, there are many games side by side.
 
 Run       python algos/pqn.py                                 # Asterix
           python algos/pqn.py --game breakout --sticky-actions 0.1 --no-minimal-actions --time-limit 10000
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
-MinAtar (Young and Tian 2019, arXiv 1903.03176, a package under GPL-3.0) repeats the action before with probability 0.1,
-offers all six actions in every game and has no time limit but Freeway's: the flags of the second command. The default
-is gymnax's rules, under which PQN's curves were published: no action is repeated, a game offers only the actions that
-do something in it, an episode has at most 1,000 steps (Freeway: --time-limit 2500). That limit terminates in gymnax,
-here it truncates.
+MinAtar (Young and Tian 2019, arXiv 1903.03176, a package under GPL-3.0) repeats the previous action with probability
+0.1, offers all six actions in every game and has no time limit but Freeway's: the flags of the second command come near
+these rules. The default is gymnax's rules, under which PQN's curves were published: no action is repeated, a game
+offers only the actions that do something in it, and an episode has at most 1,000 steps (Freeway: --time-limit 2500).
+This limit terminates an episode in gymnax and truncates it here.
 
 What differs from ppo.py, besides the algorithm:
 1. A checkpoint does not end the running episodes. Each has its own seed, made from the run's seed and the episode's
    number, so resume plays its actions again and needs no game's state.
-2. Both policies are evaluated each time: the greedy one (deterministic) and the epsilon-greedy one (stochastic).
+2. Two policies are evaluated each time: the greedy one (deterministic) and the one that is epsilon-greedy with the
+   final epsilon (stochastic).
 3. eval.csv has two more columns, measured on the rollout before the evaluation: see measure().
 As there, a run ends with a whole rollout, and one that is made longer is not the same as one that was longer from the
 start, because the learning rate and epsilon follow the length.
 Where this differs from the paper's code: 2 million steps, not 10 million; a time limit bootstraps from the last
-observation; pictures are not divided by 255; PyTorch's own initialisation, not He's.
+observation; pictures are not divided by 255; initialisation and LayerNorm's epsilon are PyTorch's; the learning rate
+falls once per rollout, not per update.
 Letters in the shape comments: T steps, N games, B batch, C channels of a game's picture, A actions.
 """
 
@@ -71,8 +75,8 @@ class Args:
     total_timesteps: int = 2_000_000  # steps of all games together
     run_dir: str | None = None  # folder of this run (default: runs/MinAtar-<game>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to go on with; --total-timesteps can make it longer
-    evaluate: str | None = None  # folder of a run to evaluate instead of training
-    video: bool = False  # with --evaluate: also write video.gif into the run folder
+    evaluate: str | None = None  # folder of a run, or a policy's file, to evaluate instead of training
+    video: bool = False  # with --evaluate: also write a GIF beside it
     eval_every: int = 100_000  # steps between evaluations, each at the end of a rollout
     eval_episodes: int = 20  # episodes of each policy per evaluation
     checkpoint_every: int = 200_000  # steps between checkpoints, each at the end of a rollout
@@ -80,9 +84,9 @@ class Args:
     num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 2)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
     # MinAtar's rules
-    sticky_actions: float = 0.0  # probability that a game repeats the action before instead
+    sticky_actions: float = 0.0  # probability that a game repeats the previous action instead
     minimal_actions: bool = True  # only the actions that do something in this game
-    time_limit: int = 1_000  # steps that truncate an episode
+    time_limit: int = 1_000  # steps after which an episode is truncated
     # PQN
     num_envs: int = 128  # games side by side
     num_steps: int = 32  # steps of each game per rollout
@@ -98,7 +102,7 @@ class Args:
 
 
 class Network(nn.Module):
-    """Q(s, .): 3x3 convolution to 16 channels, 128 units, A outputs; hidden layers are LayerNorm, then ReLU.
+    """Q(s, .): 3x3 convolution to 16 channels, 128 units, A outputs; LayerNorm, then ReLU follow each hidden layer.
 
     The first LayerNorm takes the 16 channels of one cell, not the whole picture.
     """
@@ -160,10 +164,10 @@ def rollout(agent: Agent, games: "Games", epsilon: float, args: Args) -> tuple["
         for i, last_obs, episode in ended:
             episodes.append(episode)
             if truncated[i]:
-                cut[t, i] = last_obs  # before the new episode's first
+                cut[t, i] = last_obs  # s_{t+1}; games.obs shows the next episode
     obs, action, value, reward, terminated, truncated = map(torch.stack, zip(*columns, strict=True))  # (T, N, ...)
 
-    # The weights stay the same during a rollout, so V(s_{t+1}) is what step t + 1 acted by, except at truncations
+    # No weight changes during a rollout, so step t + 1 has computed V(s_{t+1}) already, except at truncations
     last_obs = torch.from_numpy(np.stack([*games.obs, *cut.values()]))
     last_value, *cut_value = agent.act(last_obs, 0)[1].split([args.num_envs] + [1] * len(cut))
     next_value = torch.cat([value[1:], last_value[None]])
@@ -310,10 +314,10 @@ def evaluate(agent: Agent, args: Args, step: int, policy: str, watch=lambda game
 def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float]:
     """Two columns of eval.csv: how much of the network is in use on the states obs (B, 10, 10, C).
 
-    dormant  share of hidden units with E|h_j| <= 0.025 mean_k E|h_k|, k in the same layer (Sokar et al. 2023); where a
-             layer treats 64 cells alike, a cell is a sample; an expert is a layer
+    dormant  share of hidden units with E|h_j| <= 0.025 mean_k E|h_k|, k in the same layer (Sokar et al. 2023, arXiv
+             2302.12902); where a layer treats 64 cells alike, a cell is a sample; an expert is a layer
     rank     effective rank of what the last layer sees: the least number of singular values, largest first, that sum to
-             0.99 of all (Kumar et al. 2021)
+             0.99 of all (Kumar et al. 2021, arXiv 2010.14498)
     """
     sizes, features = [], []
     hooks = [

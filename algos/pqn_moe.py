@@ -9,11 +9,11 @@
 #     "numpy>=2.0,<3",
 # ]
 # ///
-"""PQN on MinAtar whose Q-network holds a mixture of experts (Soft MoE, top-1), or the controls for one.
+"""PQN on MinAtar with a mixture of experts in the Q-network, Soft MoE or top-1, and its controls.
 
 Papers  Obando-Ceron et al. 2024, "Mixtures of Experts Unlock Parameter Scaling for Deep RL", arXiv 2402.08609, with the
         layer of Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", arXiv 2308.00951.
-        Sokar et al. 2024, "Don't flatten, tokenize!", arXiv 2410.01930, who find that the tokens matter.
+        Sokar et al. 2024, "Don't flatten, tokenize!", arXiv 2410.01930, on what the tokens do.
 Layer   X (m, d): m = 64 cells of the convolution as tokens of d = 16 channels; L = X Phi (m, n p);
         S = softmax_tokens(L)^T X (n p, d); expert i maps its p rows of S; Y = softmax_slots(L) f(S) (m, d).
 
@@ -26,13 +26,15 @@ What differs from pqn.py:
    none    the 128 units of pqn.py
    wide    128 times --widen units
    soft    Soft MoE of n experts 16-128-16 with p = 64 / n slots each (rounded down), so the cost does not depend on n
-   topk    the same experts, each token to the one with the largest weight, y = w_i f_i(x), w = softmax(x Phi)
+   topk    top-1: the same experts, each token to the one with the largest weight in w = softmax(x Phi)
    tokens  one expert for every token, y = f(x), and nothing to route
 2. The mixtures keep 64 tokens of 16 channels, so the last layer has 1,024 inputs, and LayerNorm takes one token. The
    matrix of 1,024 x 128, most of pqn.py's parameters, is gone: with experts the network is smaller, not larger.
-3. The share of each expert is logged (moe/usage_k): mean weight of its slots, or share of the tokens that chose it.
-Where this differs from the papers: PQN on MinAtar, not DQN and Rainbow on Atari; experts have no biases; top-1 has no
-balancing loss and drops no token.
+3. Top-1 weights what LayerNorm returns, y = w_i LayerNorm(f_i(x)): it would undo a weight before it, as it maps w f(x)
+   and f(x) to the same, and the router would not learn.
+4. The share of each expert is logged (moe/usage_k): the weight of its slots, or how many of the tokens chose it.
+Where this differs from the papers' code: PQN on MinAtar, not DQN and Rainbow on Atari; LayerNorm and ReLU follow the
+mixture; experts have no biases; p is rounded down, not up; top-1 has no balancing loss and drops no token.
 Letters in the shape comments: T steps, N games, B batch, C channels of a picture, A actions; m, n, p, d as above.
 """
 
@@ -71,8 +73,8 @@ class Args:
     total_timesteps: int = 2_000_000  # steps of all games together
     run_dir: str | None = None  # folder of this run (default: runs/MinAtar-<game>__<script>__s<seed>__<time>)
     resume: str | None = None  # folder of a run to go on with; --total-timesteps can make it longer
-    evaluate: str | None = None  # folder of a run to evaluate instead of training
-    video: bool = False  # with --evaluate: also write video.gif into the run folder
+    evaluate: str | None = None  # folder of a run, or a policy's file, to evaluate instead of training
+    video: bool = False  # with --evaluate: also write a GIF beside it
     eval_every: int = 100_000  # steps between evaluations, each at the end of a rollout
     eval_episodes: int = 20  # episodes of each policy per evaluation
     checkpoint_every: int = 200_000  # steps between checkpoints, each at the end of a rollout
@@ -80,9 +82,9 @@ class Args:
     num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 2)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
     # MinAtar's rules
-    sticky_actions: float = 0.0  # probability that a game repeats the action before instead
+    sticky_actions: float = 0.0  # probability that a game repeats the previous action instead
     minimal_actions: bool = True  # only the actions that do something in this game
-    time_limit: int = 1_000  # steps that truncate an episode
+    time_limit: int = 1_000  # steps after which an episode is truncated
     # PQN
     num_envs: int = 128  # games side by side
     num_steps: int = 32  # steps of each game per rollout
@@ -102,7 +104,7 @@ class Args:
 
 
 class Mixture(nn.Module):
-    """n experts, MLPs 16-128-16 with ReLU, on the tokens of a picture; --moe names the way they are combined."""
+    """n experts, MLPs 16-128-16 with ReLU, on the tokens of a picture, and LayerNorm; --moe says how they combine."""
 
     def __init__(self, args: Args, tokens: int = 64, size: int = 16, hidden: int = 128):
         super().__init__()
@@ -114,29 +116,30 @@ class Mixture(nn.Module):
         if self.moe != "tokens":
             slots = tokens // experts if self.moe == "soft" else 1  # p
             self.phi = nn.Parameter(torch.randn(size, experts * slots) / math.sqrt(size))
+        self.norm = nn.LayerNorm(size)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """X (B, m, d) -> Y (B, m, d)."""
         n = len(self.experts)
         if self.moe == "tokens":
-            return self.experts[0](x)
+            return self.norm(self.experts[0](x))
         logits = x @ self.phi  # (B, m, n p)
         if self.moe == "soft":
             slots = logits.softmax(1).transpose(1, 2) @ x  # (B, n p, d): means of the tokens
             y = torch.cat([f(part) for f, part in zip(self.experts, slots.chunk(n, 1), strict=True)], 1)  # (B, n p, d)
             combine = logits.softmax(2)  # (B, m, n p)
             self.usage = combine.detach().mean((0, 1)).view(n, -1).sum(1)
-            return combine @ y
+            return self.norm(combine @ y)
         w, chosen = logits.softmax(2).max(2)  # (B, m)
         rows = [chosen == i for i in range(n)]  # (B, m) each
         self.usage, y = torch.stack(rows).float().mean((1, 2)), torch.zeros_like(x)
         for f, mine in zip(self.experts, rows, strict=True):
-            y[mine] = w[mine][:, None] * f(x[mine])
+            y[mine] = w[mine][:, None] * self.norm(f(x[mine]))  # LayerNorm of w f(x) would not depend on w
         return y
 
 
 class Network(nn.Module):
-    """Q(s, .): 3x3 convolution to 16 channels, a wide layer or a mixture, A outputs; LayerNorm, then ReLU after each.
+    """Q(s, .): 3x3 convolution to 16 channels, a wide layer or a mixture, A outputs; LayerNorm, then ReLU follow each.
 
     The first LayerNorm takes the 16 channels of one cell, not the whole picture.
     """
@@ -150,7 +153,7 @@ class Network(nn.Module):
             self.middle = nn.Sequential(nn.Flatten(), nn.Linear(64 * 16, units), nn.LayerNorm(units), nn.ReLU())
         else:
             units = 64 * 16
-            self.middle = nn.Sequential(Mixture(args), nn.LayerNorm(16), nn.ReLU(), nn.Flatten())
+            self.middle = nn.Sequential(Mixture(args), nn.ReLU(), nn.Flatten())
         self.head = nn.Linear(units, num_actions)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
@@ -203,10 +206,10 @@ def rollout(agent: Agent, games: "Games", epsilon: float, args: Args) -> tuple["
         for i, last_obs, episode in ended:
             episodes.append(episode)
             if truncated[i]:
-                cut[t, i] = last_obs  # before the new episode's first
+                cut[t, i] = last_obs  # s_{t+1}; games.obs shows the next episode
     obs, action, value, reward, terminated, truncated = map(torch.stack, zip(*columns, strict=True))  # (T, N, ...)
 
-    # The weights stay the same during a rollout, so V(s_{t+1}) is what step t + 1 acted by, except at truncations
+    # No weight changes during a rollout, so step t + 1 has computed V(s_{t+1}) already, except at truncations
     last_obs = torch.from_numpy(np.stack([*games.obs, *cut.values()]))
     last_value, *cut_value = agent.act(last_obs, 0)[1].split([args.num_envs] + [1] * len(cut))
     next_value = torch.cat([value[1:], last_value[None]])
@@ -359,10 +362,10 @@ def evaluate(agent: Agent, args: Args, step: int, policy: str, watch=lambda game
 def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float]:
     """Two columns of eval.csv: how much of the network is in use on the states obs (B, 10, 10, C).
 
-    dormant  share of hidden units with E|h_j| <= 0.025 mean_k E|h_k|, k in the same layer (Sokar et al. 2023); where a
-             layer treats 64 cells alike, a cell is a sample; an expert is a layer
+    dormant  share of hidden units with E|h_j| <= 0.025 mean_k E|h_k|, k in the same layer (Sokar et al. 2023, arXiv
+             2302.12902); where a layer treats 64 cells alike, a cell is a sample; an expert is a layer
     rank     effective rank of what the last layer sees: the least number of singular values, largest first, that sum to
-             0.99 of all (Kumar et al. 2021)
+             0.99 of all (Kumar et al. 2021, arXiv 2010.14498)
     """
     sizes, features = [], []
     hooks = [

@@ -10,26 +10,25 @@
 #     "numpy>=2.0,<3",
 # ]
 # ///
-"""SAC with a gating operation: a gate averages K experts into one Gaussian. A rival of PMOE; not a mixture.
+"""SAC with a gating operation: one Gaussian, whose mean and standard deviation a gate averages over K experts.
 
-Paper   Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905.
-Rival   of PMOE in Ren et al. 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning",
-        arXiv 2104.09122.
-Policy  a = tanh(u), u ~ N(mu(s), sigma(s)^2), mu = sum_k w_k mu_k, sigma = sum_k w_k sigma_k: one Gaussian.
+Papers  Haarnoja et al. 2018, "Soft Actor-Critic Algorithms and Applications", arXiv 1812.05905.
+        Ren et al. 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning", arXiv 2104.09122,
+        which compares PMOE with a gating operation. Its definition was not available to us.
+Policy  a = tanh(u), u ~ N(mu(s), sigma(s)^2), mu = sum_k w_k mu_k, sigma = sum_k w_k sigma_k: not a mixture.
 
 Run       python algos/sac_gating.py                                 # target-reaching
           python algos/sac_gating.py --env-id HalfCheetah-v5 --num-experts 2 --learning-starts 5000 --alpha-init 1
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
 What differs from sac.py is the actor; in brackets, where each choice comes from:
-1. K experts (PMOE: primitives), each a mean and a standard deviation, and a gate w = softmax on one trunk. PMOE's paper
-   names this rival; we could not obtain its definition. Public code averages means: ActorMoE in amp-rsl-rl, and, under
-   the name MCP, the humanoid controllers UHC and PHC. To average the standard deviations by the same weights is ours;
-   ActorMoE has one for all experts.
+1. K experts (PMOE: primitives), each a mean and a standard deviation, and a gate w = softmax, on one trunk. Public code
+   averages means: ActorMoE in amp-rsl-rl and, under the name MCP, the humanoid controllers UHC and PHC. ActorMoE has
+   one standard deviation for all experts; to average them by the same weights is ours.
 2. All experts share one noise (ours): independent draws, averaged, would shrink sigma, down to sigma / sqrt(K).
-3. Gate and experts learn by SAC's own gradient through mu and sigma, and the gate shapes the trunk, too (ours).
-4. Four experts, the trunk and one head for all: as in sac_pmoe.py (ours).
-With one expert and equal weights this is sac.py.
+3. Gate and experts learn by SAC's own gradient through mu and sigma, and the gate's reaches the trunk (ours).
+4. There are four experts, in one linear layer, as in sac_pmoe.py (ours).
+With one expert and the same initial network this is sac.py.
 All else, the default task included, is as in sac.py, whose docstring says where it differs from its paper.
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """

@@ -22,16 +22,16 @@ Run       python algos/sac_mcp.py                                 # target-reach
 Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluate runs/NAME --video shows what it does
 
 What differs from sac.py is the actor; in brackets, where each choice comes from:
-1. K experts (the paper: primitives), each a mean and a standard deviation, and a gate on one trunk. The gate is
-   w = sigmoid, not normalised; its weights are exponents (paper). The paper's sigma is a variance; two public copies
-   take it for the standard deviation, which is another policy. --gate softmax is ours. So is a product before tanh; of
-   squashed densities it would be another policy.
+1. K experts (the paper: primitives), each a mean and a standard deviation, and a gate, on one trunk. The gate is
+   w = sigmoid, not normalised; its weights are exponents (paper). The paper's sigma is a variance; read as a standard
+   deviation it would give another policy. Weights that sum to 1, --gate softmax, are ours. So is the product before
+   tanh; with the sigmoid, a product of squashed densities would be another policy.
 2. Experts and gate learn together, on one task (ours). In the paper the gate alone sees the goal, and experts are
    learned on other tasks, by PPO, and then fixed. The paper has eight experts; here there are four, as in sac_pmoe.py.
 3. Weights of 1/2, where a sigmoid starts, make sigma sqrt(2 / K) times sigma_k. So sigma_k starts at sqrt(K / 2), not
    at 1 (ours).
 4. Of the product, not of each expert, log sigma is clamped, to [-5, 2] instead of [-20, 2] (ours).
-With one expert, --gate softmax and equal weights this is sac.py, but for this clamp.
+With one expert, --gate softmax and the same initial network this is sac.py, but for this clamp.
 All else, the default task included, is as in sac.py, whose docstring says where it differs from its paper.
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """
@@ -93,7 +93,7 @@ class Args:
     q_lr: float = 3e-4  # Adam's step size for the critics and the temperature
     alpha_init: float = 0.1  # temperature at the start; sac.py's docstring says why
     num_experts: int = 4  # K
-    gate: Literal["sigmoid", "softmax"] = "sigmoid"  # weights of the experts
+    gate: Literal["sigmoid", "softmax"] = "sigmoid"  # weights: each in (0, 1), or of sum 1
 
 
 def tanh_gaussian(mean: torch.Tensor, log_std: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -242,7 +242,7 @@ def update(agent: Agent, batch: "Batch", args: Args) -> dict[str, torch.Tensor]:
         "policy/std": log_std.detach().exp().mean(),
         "moe/gate_entropy": torch.special.entr(share).sum(1).mean(),
         "moe/expert_distance": distance.mean() * (w.shape[1] / max(w.shape[1] - 1, 1)),
-        **{f"moe/usage_{k}": weight for k, weight in enumerate(w.mean(0))},  # of a sigmoid no shares
+        **{f"moe/usage_{k}": weight for k, weight in enumerate(w.mean(0))},  # sigmoids are no shares
     }
 
 
