@@ -578,7 +578,8 @@ class Run:
         if RANK > 0:  # of several processes only the first logs, evaluates and saves
             self.log = self.evaluate = self.save = lambda *_: None
             return
-        with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that no other process uses"):
+        what = f"--{'resume' if saved else 'run-dir'} {self.folder}"
+        with exit_on_error(what, "no other process may use it, and a new run wants an empty folder"):
             str(self.folder).encode()
             if not saved and (self.folder / "checkpoint.pt").exists():
                 raise ValueError("holds a run; go on with it by --resume")
@@ -654,7 +655,7 @@ class Run:
         self.info |= {"wall_time": wall_time, "steps_per_second": self.step / wall_time}
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(x.isfinite().all() for x in state["agent"].values()):
-            raise FloatingPointError("a weight is not finite, the training has diverged")
+            raise FloatingPointError("a weight is not finite, the training has diverged and would again")
         state |= {"eval_rows": self.eval_rows, "rng": [rng.get_state() for rng in self.rngs]}
         write(self.folder / "checkpoint.pt", self.info | state)
         write(self.folder / "model.pt", self.info | {"agent": state["agent"]})
@@ -823,8 +824,9 @@ def main(argv: list[str] | None = None) -> Path:
     name = f"{args.env_id.split(':')[-1]}__{SCRIPT}__s{args.seed}__{now}"
     default = "runs/" + name.translate(str.maketrans("?&=/", "----"))
     folder = args.evaluate or args.resume or args.run_dir or default
-    peers = exit_on_error("a process has failed", f"--resume {folder} goes on", 1, (RuntimeError,) * (WORLD > 1))
-    with exit_on_error("stopped", f"--resume {folder} goes on", 1, (OSError, FloatingPointError)), peers, OPEN:
+    remedy = f"--resume {folder} goes on" if args.evaluate is None else "make room, or copy the policy elsewhere"
+    peers = exit_on_error("a process has failed", remedy, 1, (RuntimeError,) * (WORLD > 1))
+    with exit_on_error("stopped", remedy, 1, (OSError, FloatingPointError)), peers, OPEN:
         if args.evaluate is not None:
             evaluate_run(args, saved)
         else:

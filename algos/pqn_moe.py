@@ -408,7 +408,8 @@ class Run:
                 now, self.info = {"global_step": self.step} | self.info, {key: saved[key] for key in self.info}
                 self.info["resumed"].append(now)  # of its evaluations a longer run keeps those that it has as well:
                 self.eval_rows = [row for row in saved["eval_rows"] if self.due(row["global_step"], args.eval_every)]
-        with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that no other process uses"):
+        what = f"--{'resume' if saved else 'run-dir'} {self.folder}"
+        with exit_on_error(what, "no other process may use it, and a new run wants an empty folder"):
             str(self.folder).encode()
             if not saved and (self.folder / "checkpoint.pt").exists():
                 raise ValueError("holds a run; go on with it by --resume")
@@ -477,7 +478,7 @@ class Run:
         self.info |= {"wall_time": wall_time, "steps_per_second": self.step / wall_time}
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(x.isfinite().all() for x in state["agent"].values()):
-            raise FloatingPointError("a weight is not finite, the training has diverged")
+            raise FloatingPointError("a weight is not finite, the training has diverged and would again")
         state |= {"owed": self.owed, "eval_rows": self.eval_rows, "rng": [rng.get_state() for rng in self.rngs]}
         write(self.folder / "checkpoint.pt", self.info | state)
         for name in ("model.pt", "policy.pt")[: 1 + (self.step >= self.args.total_timesteps)]:  # Q is the policy
@@ -625,7 +626,8 @@ def main(argv: list[str] | None = None) -> Path:
     args, saved = parse(argv)
     default = f"runs/MinAtar-{args.game}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = args.evaluate or args.resume or args.run_dir or default
-    with exit_on_error("stopped", f"--resume {folder} goes on", 1, (OSError, FloatingPointError)), OPEN:
+    remedy = f"--resume {folder} goes on" if args.evaluate is None else "make room, or copy the policy elsewhere"
+    with exit_on_error("stopped", remedy, 1, (OSError, FloatingPointError)), OPEN:
         if args.evaluate is not None:
             evaluate_run(args, saved)
         else:

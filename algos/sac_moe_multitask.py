@@ -718,7 +718,8 @@ class Run:
                 self.info["resumed"].append(now)  # of its evaluations a longer run keeps those that it has as well:
                 self.eval_rows = [r for r in saved["eval_rows"] if r["policy"] in self.policies(r["global_step"])]
                 self.moe_rows = [r for r in saved["moe_rows"] if self.policies(r["global_step"])]
-        with exit_on_error(f"--run-dir {self.folder}", "choose an empty folder that no other process uses"):
+        what = f"--{'resume' if saved else 'run-dir'} {self.folder}"
+        with exit_on_error(what, "no other process may use it, and a new run wants an empty folder"):
             str(self.folder).encode()
             if not saved and (self.folder / "checkpoint.pt").exists():
                 raise ValueError("holds a run; go on with it by --resume")
@@ -806,7 +807,7 @@ class Run:
     def require_finite(self):
         """Raises FloatingPointError if a weight is not finite."""
         if not all(x.isfinite().all() for x in self.agent.state_dict().values()):
-            raise FloatingPointError("a weight is not finite, the training has diverged")
+            raise FloatingPointError("a weight is not finite, the training has diverged and would again")
 
     def save(self):
         """Writes checkpoint.pt, model.pt, run.json and, at the end, policy.pt, unless the training has diverged."""
@@ -1000,7 +1001,8 @@ def main(argv: list[str] | None = None) -> Path:
     name = f"{args.env_id.split(':')[-1]}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     default = "runs/" + name.translate(str.maketrans("?&=/", "----"))
     folder = args.evaluate or args.resume or args.run_dir or default
-    with exit_on_error("stopped", f"--resume {folder} goes on", 1, (OSError, FloatingPointError)), OPEN:
+    remedy = f"--resume {folder} goes on" if args.evaluate is None else "make room, or copy the policy elsewhere"
+    with exit_on_error("stopped", remedy, 1, (OSError, FloatingPointError)), OPEN:
         if args.evaluate is not None:
             evaluate_run(args, saved)
         else:

@@ -367,6 +367,18 @@ def test_more_than_memory_is_refused_by_ppo(ppo_pmoe, tmp_path, flag, capsys):
     assert "--num-envs 100000: would take" in error and not (tmp_path / "run").exists()
 
 
+def test_an_evaluation_that_cannot_be_written_says_what_helps(base, tmp_path, monkeypatch, capsys):
+    run = train(base, tmp_path / "run", total_timesteps=160)
+
+    def full(path, data):
+        raise OSError(f"cannot write {path}, is the disk full?")
+
+    monkeypatch.setattr(base, "write", full)
+    capsys.readouterr()
+    error = refused_evaluation(base, run, capsys)
+    assert "evaluation.json, is the disk full?" in error and "; make room" in error and "--resume" not in error
+
+
 @pytest.mark.parametrize("name", ["x" * 256, "\udcff", "file/run"])
 def test_run_folders_that_cannot_be_made(base, tmp_path, name, monkeypatch, capfd):
     """A name that is too long, one that is not UTF-8, one below a file."""
@@ -462,7 +474,8 @@ def test_a_second_process_in_one_folder_is_refused(base, tmp_path, capsys):
     before = (run / "run.json").read_bytes()
     with pytest.raises(SystemExit) as stop:
         base.main(flags(resume=run))
-    assert stop.value.code == 2 and "--run-dir" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and f"--resume {run}: " in error and "no other process may use it" in error
     assert (run / "run.json").read_bytes() == before
     os.close(folder)  # as its end does, whatever ends it
     base.main(flags(resume=run))
