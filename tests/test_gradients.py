@@ -171,9 +171,9 @@ def test_page_and_figure_of_a_saved_run(gradients, pmoe, tmp_path, monkeypatch):
     for n, m in ((0, 0), (3, 1), (4, 3)):  # every action is asked about in its own state
         torch.testing.assert_close(problem.q(action[n : n + 1, :, m : m + 1])[0, :, 0], q[n, :, m])
 
-    monkeypatch.setattr(gradients, "EXACT", 30)
+    monkeypatch.setattr(gradients, "EXACT", 10)
     for _ in range(2):
-        text = gradients.main([path], tmp_path, draws=40, draws_trained=20).read_text()
+        text = gradients.main([path], tmp_path, draws=10, draws_trained=5).read_text()
         pictures = {(tmp_path / "figures" / "gradients.png").read_bytes(), text.encode()}
     assert len(pictures) == 2 and text.count("| Task, sac_pmoe |") == 7 and "nan" not in text
     del state["log_alpha"]
