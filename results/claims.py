@@ -62,17 +62,25 @@ def decide(data: Data, root: Path) -> list[dict]:
             claim["holm"] = p
     for claim in claims:
         describe(claim)
-        if claim["kind"] == "table" and (root / claim["file"]).exists():
-            claim |= from_table(claim, pd.read_csv(root / claim["file"]))
+        files = [root / "policies" / folder / claim["file"] for folder in claim.get("policies", [])]
+        if any(file.exists() for file in files):
+            claim |= from_tables(claim, [file for file in files if file.exists()])
     return claims
 
 
-def from_table(claim: dict, table: pd.DataFrame) -> dict:
-    """`numbers` and `seen` of what another script has measured on saved policies."""
-    for column, value in claim["where"].items():
-        table = table[table[column] == value]
-    values = {row["label"]: number(row[claim["column"]]) for row in table.to_dict("records")}
-    return {"numbers": "; ".join(f"`{label}` {x}" for label, x in values.items()), "seen": "open (no test)"}
+def from_tables(claim: dict, files: list[Path]) -> dict:
+    """What another script has measured on saved policies: `numbers` and `seen`, and the figure of the first folder."""
+    words = []
+    for file in files:
+        table = pd.read_csv(file)
+        for column, value in claim["where"].items():
+            table = table[table[column] == value]
+        for row in table.to_dict("records"):
+            more = f" (by chance {number(row['chance'])})" if "chance" in row else ""
+            more += f" ({row['seeds']} seed{'s' * (row['seeds'] > 1)})" if "seeds" in row else ""
+            words.append(f"`{row['label']}` {number(row[claim['column']])}{more}")
+    figure = f"{files[0].parent.name}-{files[0].stem}"
+    return {"numbers": "; ".join(words), "seen": "open (no test)", "figure": figure}
 
 
 def with_tasks(claim: dict, data: Data) -> dict:

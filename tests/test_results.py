@@ -419,12 +419,17 @@ def test_a_property_counts_seeds_and_has_no_test(tmp_path, monkeypatch):
 
 def test_a_claim_on_what_another_script_has_written(tmp_path, monkeypatch):
     text = '[[claim]]\npaper = "P"\nkind = "table"\nclaim = "robust"\ncompared = "x"\nfile = "noise.csv"\n'
+    text += 'policies = ["A", "B", "C"]\n'
     with_claims(monkeypatch, tmp_path, text + 'where = { sigma = 0.3 }\ncolumn = "relative"\n')
     (row,) = claims.decide(reading.read(tmp_path), tmp_path)
     assert (row["seen"], row["numbers"]) == ("not run yet", "-")
-    write_csv(tmp_path / "noise.csv", "label,sigma,relative", ["sac,0.1,0.9", "sac,0.3,0.5", "mix,0.3,0.75"])
+    for folder in "BC":
+        (tmp_path / "policies" / folder).mkdir(parents=True)
+    write_csv(tmp_path / "policies/B/noise.csv", "label,sigma,relative,seeds", ["sac,0.1,0.9,1", "sac,0.3,0.5,2"])
+    write_csv(tmp_path / "policies/C/noise.csv", "label,sigma,relative,chance", ["mix,0.3,0.75,0.25"])
     (row,) = claims.decide(reading.read(tmp_path), tmp_path)
-    assert (row["seen"], row["numbers"]) == ("open (no test)", "`sac` 0.50; `mix` 0.75")
+    assert (row["seen"], row["figure"]) == ("open (no test)", "B-noise")
+    assert row["numbers"] == "`sac` 0.50 (2 seeds); `mix` 0.75 (by chance 0.25)"
 
 
 def test_the_interval_of_a_share_ends_at_one_in_the_claims_too(tmp_path, monkeypatch):
