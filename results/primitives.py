@@ -95,16 +95,16 @@ def used(actor, states: torch.Tensor) -> torch.Tensor:
 
 
 def picture(panels: dict[str, Cluster], file: Path):
-    """A column for each policy: t-SNE of the means, t-SNE of the draws and, if they are few numbers, the means."""
+    """A row for each policy: t-SNE of the means, t-SNE of the draws and, if they are few numbers, the means."""
     dimensions = next(iter(panels.values())).actions["means"].shape[-1]
-    rows = 2 + (dimensions in (2, 3))
-    figure = plt.figure(figsize=(2.6 * len(panels), 2.7 * rows), layout="constrained")
-    for column, (label, cluster) in enumerate(panels.items()):
-        for row, (name, tsne) in enumerate([("means", True), ("draws", True), ("means", False)][:rows]):
+    columns = 2 + (dimensions in (2, 3))
+    figure = plt.figure(figsize=(2.7 * columns, 2.8 * len(panels)), layout="constrained")
+    for row, (label, cluster) in enumerate(panels.items()):
+        for column, (name, tsne) in enumerate([("means", True), ("draws", True), ("means", False)][:columns]):
             actions = cluster.actions[name]
             flat = actions.reshape(-1, actions.shape[-1])
             space = "3d" if not tsne and dimensions == 3 else None
-            axis = figure.add_subplot(rows, len(panels), row * len(panels) + column + 1, projection=space)
+            axis = figure.add_subplot(len(panels), columns, row * columns + column + 1, projection=space)
             if tsne:
                 perplexity = min(30, (len(flat) - 1) // 3)
                 flat = TSNE(perplexity=perplexity, init="pca", random_state=0).fit_transform(flat.astype(np.float64))
