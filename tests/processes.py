@@ -6,6 +6,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 from pathlib import Path
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -15,6 +16,7 @@ if sys.platform == "linux":  # elsewhere a fork after these imports may fail, so
 
 def run(path: str, arguments: list[str], folder: str, environment: dict[str, str], output):
     """In the new process: `python path arguments` in `folder`, both outputs to the connection `output`."""
+    os.setsid()  # a group with the processes that it starts
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
@@ -50,8 +52,11 @@ class Started:
         self.process.join()
         return self.process.exitcode
 
-    def communicate(self) -> str:
-        """Both outputs, at the end of the process."""
+    def communicate(self, timeout: float = 100) -> str:
+        """Both outputs, at the end of the process; one that hangs is killed, with all that it has started."""
+        timer = threading.Timer(timeout, os.killpg, (self.process.pid, signal.SIGKILL))
+        timer.start()
         output = self.stdout.read()
         self.wait()
+        timer.cancel()
         return output
