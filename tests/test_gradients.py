@@ -172,6 +172,7 @@ def test_page_and_figure_of_a_saved_run(gradients, pmoe, tmp_path, monkeypatch):
         torch.testing.assert_close(problem.q(action[n : n + 1, :, m : m + 1])[0, :, 0], q[n, :, m])
 
     monkeypatch.setattr(gradients, "EXACT", 10)
+    monkeypatch.setattr(gradients.bandits, "__defaults__", (4, 0))  # states
     for _ in range(2):
         text = gradients.main([path], tmp_path, draws=10, draws_trained=5).read_text()
         pictures = {(tmp_path / "figures" / "gradients.png").read_bytes(), text.encode()}

@@ -27,7 +27,7 @@ pytest.importorskip("minatar")
 SMALL = {
     "sac_moe_multitask": dict(
         tasks=("Pendulum-v1?max_episode_steps=30", "Pendulum-v1?g=3.0&max_episode_steps=30"),
-        **dict(learning_starts=20, batch_size=8, buffer_size=1000, num_experts=2, num_threads=1),
+        **dict(learning_starts=20, update_every=3, batch_size=8, buffer_size=1000, num_experts=2, num_threads=1),
         **dict(total_timesteps=160, eval_every=80, eval_episodes=1, checkpoint_every=50),
     ),
     "ppo_moe_multitask": dict(
@@ -232,8 +232,7 @@ def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path
     """Killed in the first phase, so that the resumed run makes the switch; the script is a copy that stands alone."""
     half, end = STEPS[script_name]
     settings = SMALL[script_name] | {"protocol": "continual", "eval_every": half}
-    settings |= {"total_timesteps": 4 * half, "checkpoint_every": half // 2}
-    settings |= {"update_every": 3} if script_name.startswith("sac") else {}  # its networks are as large as usual
+    settings |= {"total_timesteps": 3 * half, "checkpoint_every": half // 2}
     shutil.copy(ALGOS / f"{script_name}.py", tmp_path)
     killed = start(script_name, *words(**settings, run_dir="killed"), cwd=tmp_path, path=tmp_path)
     evaluations = tmp_path / "killed" / "eval.csv"
@@ -242,7 +241,7 @@ def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     stopped_at = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["global_step"]
-    assert half // 2 <= stopped_at < 2 * half
+    assert half // 2 <= stopped_at < 3 * half // 2
     module = load(script_name)
     resumed = resume(module, tmp_path / "killed")
     whole = module.main(words(run_dir=tmp_path / "whole", **settings))
@@ -263,7 +262,7 @@ def test_signal_stops_with_a_checkpoint_and_resume_is_exact(module, tmp_path, mo
     settings = {"protocol": "continual", "eval_every": STEPS[module.SCRIPT][1] // 3}
     whole = train(module, tmp_path / "whole", **settings)
     update, calls = module.update, []
-    enough = {"sac_moe_multitask": (37, 100), "ppo_moe_multitask": (7, 17)}[module.SCRIPT][phase]
+    enough = {"sac_moe_multitask": (13, 34), "ppo_moe_multitask": (7, 17)}[module.SCRIPT][phase]
 
     def update_then_signal(*arguments):
         calls.append(1)
@@ -345,7 +344,7 @@ def test_continual_sac_learns_from_the_running_task_only_and_starts_each_at_rand
     monkeypatch.setattr(module, "draw_batch", lambda b, tasks, size: learned.append(tasks) or draw(b, tasks, size))
     monkeypatch.setattr(module.Run, "due", lambda run, step, every: step % 5 == 0)  # losses are logged then
     measure_nothing(module, monkeypatch)
-    run = train(module, tmp_path / "run", protocol="continual", cycles=2, total_timesteps=200)
+    run = train(module, tmp_path / "run", protocol="continual", cycles=2, total_timesteps=200, update_every=1)
     assert learned == [[0]] * 31 + [[1]] * 31 + [[0]] * 50 + [[1]] * 50  # 20 random steps, of new tasks only
     events = EventAccumulator(str(run)).Reload().Scalars("losses/critic")  # not those of the task before
     assert [e.step for e in events] == [*range(20, 51, 5), *range(70, 201, 5)]

@@ -478,7 +478,7 @@ def test_saved_model_and_policy_evaluate_as_in_training(script, finished, tmp_pa
     assert (finished / "video.gif").read_bytes().startswith(b"GIF89a")
 
 
-LONG = SMALL | dict(total_timesteps=1600, eval_every=400, eval_episodes=2, checkpoint_every=300)
+LONG = SMALL | dict(total_timesteps=1000, eval_every=250, eval_episodes=2, checkpoint_every=200)
 
 
 @pytest.mark.parametrize(("name", "number"), [("pqn_moe", signal.SIGKILL), ("pqn", signal.SIGTERM)])
@@ -487,17 +487,17 @@ def test_resume_is_exact_after_a_kill_and_after_a_signal(name, number, tmp_path)
     shutil.copy(ALGOS / f"{name}.py", tmp_path)
     stopped = start(name, *flags(**LONG), "--run-dir", "run", cwd=tmp_path, path=tmp_path)
     script, run = load(name), tmp_path / "run"
-    while stopped.poll() is None and not ((run / "eval.csv").exists() and "\n800," in (run / "eval.csv").read_text()):
+    while stopped.poll() is None and not ((run / "eval.csv").exists() and "\n512," in (run / "eval.csv").read_text()):
         time.sleep(0.01)
     stopped.send_signal(number)
     output = stopped.communicate()
     assert "deterministic return" in output  # was not left in a buffer
     step = torch.load(run / "checkpoint.pt", weights_only=True)["global_step"]
     if number == signal.SIGKILL:
-        assert stopped.poll() == -number and 600 <= step < 1600, output
+        assert stopped.poll() == -number and 400 <= step < 1000, output
     else:
         assert stopped.poll() == 128 + number, output
-        assert step == int(re.search(r"SIGTERM, step (\d+) is saved; --resume run\n", output)[1]) < 1600
+        assert step == int(re.search(r"SIGTERM, step (\d+) is saved; --resume run\n", output)[1]) < 1000
     script.main(flags(resume=str(run)))  # in this process: it started otherwise too
     whole = script.main(flags(**LONG, run_dir=str(tmp_path / "whole")))
     assert same(model(whole), model(run))
