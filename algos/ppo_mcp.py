@@ -514,6 +514,8 @@ class Env(gym.Wrapper):
                 with contextlib.suppress(ValueError, SyntaxError):  # another word stays a string
                     kwargs[key] = ast.literal_eval(value)
             env = layer = gym.make(name, **kwargs)
+            if "render_mode" in kwargs and "gymnasium.envs.mujoco" in str(env.spec) and "camera" not in query:
+                env = layer = gym.make(name, camera_name="track", **kwargs)  # by default HalfCheetah leaves the picture
             while isinstance(layer, gym.Wrapper):
                 if type(layer).__name__ in ("NormalizeObservation", "NormalizeReward"):
                     raise ValueError(f"{type(layer).__name__} changes from episode to episode; register it without")

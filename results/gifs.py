@@ -64,8 +64,7 @@ def pictures(player: Player) -> list[Image.Image]:
 
 def main(run_dir: Path) -> Path:
     reaching = run_dir.resolve().parts[-3].startswith("TargetReaching")
-    rendered = {} if reaching else {"render_mode": "rgb_array", "camera_name": "track"}  # or HalfCheetah runs away
-    player = Player(load(run_dir, **rendered))
+    player = Player(load(run_dir, **({} if reaching else {"render_mode": "rgb_array"})))
     torch.manual_seed(player.saved.args.seed)
     frames = (flights if reaching else pictures)(player)
     path = FOLDER / "figures" / ("target-reaching.gif" if reaching else "halfcheetah.gif")

@@ -521,6 +521,17 @@ def test_a_gif_plays_at_the_right_speed_in_browsers(base, tmp_path, fps):
     assert sum(delays) == pytest.approx(200 / fps * 1000, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    "env_id, camera",
+    [("HalfCheetah-v5", "track"), ("Hopper-v5?camera_id=-1", None), ("Pendulum-v1", None)],
+)
+def test_the_camera_follows_the_body(base, env_id, camera):
+    """Gymnasium's own one for HalfCheetah and Ant stands still: after some steps the picture is empty."""
+    for kwargs in ({"render_mode": "rgb_array"}, {}):
+        made = base.Env(base.Args(env_id=env_id), evaluation=True, **kwargs).spec.kwargs.get("camera_name")
+        assert made == (camera if kwargs else None)
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_no_check_is_an_assertion(name):
     """python -O leaves them out."""
