@@ -387,9 +387,9 @@ class Moments(nn.Module):
 class Adam(torch.optim.Adam):
     """Adam of all weights of a module, which become views of one vector: one operation averages, clips or steps all."""
 
-    def __init__(self, module: nn.Module, args: Args):
+    def __init__(self, module: nn.Module, args: Args, vector: torch.Tensor | None = None):
         self.weights, self.max_norm = list(module.parameters()), args.max_grad_norm
-        self.vector = torch.cat([w.detach().flatten() for w in self.weights])
+        self.vector = torch.cat([w.detach().flatten() for w in self.weights]) if vector is None else vector
         for w, part in zip(self.weights, self.vector.split([w.numel() for w in self.weights]), strict=True):
             w.data = part.view_as(w)
         super().__init__([self.vector], lr=args.learning_rate, eps=1e-5, fused=True)

@@ -212,8 +212,13 @@ PAPER_K = {  # the paper's Fig. 2
     "Humanoid": 8,
     "HumanoidStandup": 4,
 }
-GATES = {f"ppo_pmoe-{gate}": f"ppo_pmoe --gate-gradient {gate}" for gate in ("both", "frequency", "ppo")}
+GATES = {f"ppo_pmoe-{gate}": f"ppo_pmoe --gate-gradient {gate}" for gate in ("both", "frequency", "ppo", "apart")}
 GATES["ppo_pmoe-means"] = f"{GATES['ppo_pmoe-both']} --selection means"
+
+
+def free(runs: dict[str, str]) -> dict[str, str]:
+    """The same runs without the limit of the step size that ppo_pmoe.py has by default, as the other PPO scripts."""
+    return {label: run + " --target-kl None" * run.startswith("ppo_pmoe") for label, run in runs.items()}
 
 
 def ppo_mujoco(task: str, runs: dict[str, str], folder: str = "ppo") -> Suite:
@@ -239,14 +244,14 @@ def gating_of(task: str) -> dict[str, str]:
     return PPO_RIVALS | {"ppo_gating": f"ppo_gating --num-experts {PAPER_K[task]}"}
 
 
-REACHING = {"ppo": "ppo"} | {label: GATES[label] for label in ("ppo_pmoe-both", "ppo_pmoe-frequency")}
+REACHING = free({"ppo": "ppo"} | {label: GATES[label] for label in ("ppo_pmoe-both", "ppo_pmoe-frequency")})
 MIRROR = f"--env-id moe_envs:TargetReaching-v0?{EASED.format('mirror')} --total-timesteps 200000 --eval-every 10000"
 FIXED_PPO = f"--env-id moe_envs:TargetReaching-v0?{EASED.format('fixed')} --total-timesteps 200000 --eval-every 10000"
 FIXED_PPO += " --checkpoint-every 100000"  # the default then; a checkpoint ends episodes
 RANDOM = "--env-id moe_envs:TargetReaching-v0?layout=random --total-timesteps 1000000 --eval-every 50000"
 SUITES |= {
     "ppo-mujoco": [
-        ppo_mujoco(task, {"ppo": "ppo", "ppo_pmoe-both": experts_of(task, "ppo_pmoe-both")}) for task in PAPER_K
+        ppo_mujoco(task, free({"ppo": "ppo", "ppo_pmoe-both": experts_of(task, "ppo_pmoe-both")})) for task in PAPER_K
     ],
     "ppo-target-reaching": [
         Suite("TargetReaching-v0-fixed-ppo", FIXED_PPO, range(1, 6), REACHING),
@@ -255,7 +260,7 @@ SUITES |= {
     "ppo-num-experts": [  # 8 is in ppo-mujoco
         ppo_mujoco(
             "HalfCheetah",
-            {f"ppo_pmoe-{k}": f"{GATES['ppo_pmoe-both']} --num-experts {k}" for k in (1, 2, 4, 16)},
+            free({f"ppo_pmoe-{k}": f"{GATES['ppo_pmoe-both']} --num-experts {k}" for k in (1, 2, 4, 16)}),
             "experts",
         )
     ],
@@ -264,6 +269,10 @@ SUITES |= {
         for task in ("Hopper", "Walker2d", "HalfCheetah")
     ],
     "ppo-kl-rivals": [ppo_mujoco(task, kl(gating_of(task)), "ppo-kl") for task in ("Hopper", "HalfCheetah")],
+    "ppo-gate-apart": [
+        ppo_mujoco(task, kl({"ppo_pmoe-apart": experts_of(task, "ppo_pmoe-apart")}), "ppo-kl")
+        for task in ("Hopper", "Walker2d", "HalfCheetah")
+    ],
     "ppo-num-experts-kl": [  # 8 is in ppo-kl
         ppo_mujoco(
             "HalfCheetah",
@@ -276,7 +285,9 @@ SUITES |= {
     ),
     "ppo-mirror-rivals": Suite("TargetReaching-v0-mirror", MIRROR, range(1, 7), PPO_RIVALS),
     "ppo-gate-gradient": [  # with ppo-mujoco, in whose folders they are, and ppo-target-reaching
-        ppo_mujoco(task, {label: experts_of(task, label) for label in GATES if label != "ppo_pmoe-both"})
+        ppo_mujoco(
+            task, free({f"ppo_pmoe-{x}": experts_of(task, f"ppo_pmoe-{x}") for x in ("frequency", "ppo", "means")})
+        )
         for task in ("HalfCheetah", "Hopper", "Walker2d")
     ],
 }

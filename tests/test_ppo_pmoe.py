@@ -1,5 +1,6 @@
 """The mathematics of PPO-PMOE: K = 1 is PPO, the mixture's likelihood, the gate's gradients, the entropy bonus."""
 
+import copy
 import math
 
 import pytest
@@ -106,7 +107,7 @@ def test_the_gates_policy_takes_the_means_as_often_as_the_gate_says(ppo_pmoe):
 # The update
 
 
-@pytest.mark.parametrize("gate_gradient", ["frequency", "ppo", "both"])
+@pytest.mark.parametrize("gate_gradient", ["frequency", "ppo", "both", "apart"])
 @pytest.mark.parametrize("ent_coef", [0.0, 0.1])
 def test_one_expert_is_ppo(ppo, ppo_pmoe, gate_gradient, ent_coef, monkeypatch):
     """The same losses and ratios, and after several updates the same weights.
@@ -181,6 +182,28 @@ def test_frequency_leaves_the_gate_to_its_own_loss(ppo_pmoe, monkeypatch):
         for name in ("gate.w", "gate.b"):
             assert torch.equal(one[name], two[name]) == (gate_gradient == "frequency")
         assert not torch.equal(one["mean.w"], two["mean.w"])
+
+
+def test_apart_the_frequencies_have_an_adam_of_their_own(ppo_pmoe):
+    """One step of all as without the frequencies, then one of the gate on their loss, summed over K."""
+    agents = {}
+    for gate_gradient in ("ppo", "apart"):
+        args = ppo_pmoe.Args(num_experts=4, gate_gradient=gate_gradient, learning_rate=1e-2)
+        torch.manual_seed(0)
+        agents[gate_gradient], batch = ppo_pmoe.Agent(3, 2, args), make_batch(ppo_pmoe)
+        agents[gate_gradient].actor.mean.b.data.normal_()
+        before = copy.deepcopy(agents[gate_gradient].actor)
+        torch.manual_seed(1)
+        ppo_pmoe.update(agents[gate_gradient], batch, args)
+    expected, q = agents["ppo"].actor, agents["ppo"].q
+    torch.manual_seed(1)
+    draws = before(batch.obs)[0] + before.log_std.exp() * torch.randn(64, 4, 2)
+    wins = F.one_hot(q(batch.obs, draws).argmax(1), 4)
+    optimizer = torch.optim.Adam(expected.gate.parameters(), lr=1e-2, eps=1e-5)
+    (expected.gate(batch.obs).softmax(1) - wins).square().sum(1).mean().backward()
+    optimizer.step()
+    for (name, one), other in zip(expected.named_parameters(), agents["apart"].actor.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_gate_learns_the_frequency_of_winning(ppo_pmoe, monkeypatch):
