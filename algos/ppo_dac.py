@@ -466,7 +466,7 @@ class Moments(nn.Module):
 
 
 class Adam(torch.optim.Adam):
-    """Adam of all weights of a module, which become views of one vector: one operation averages, clips or steps all."""
+    """Adam of a module's weights, views of one vector (or of a part of another Adam's): one operation steps all."""
 
     def __init__(self, module: nn.Module, args: Args, vector: torch.Tensor | None = None):
         self.weights, self.max_norm = list(module.parameters()), args.max_grad_norm
