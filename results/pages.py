@@ -290,7 +290,8 @@ def provenance(data: Data) -> list[str]:
         rows.append(row | {"machine": "; ".join(sorted(set(runs.machine))), "versions": "; ".join(sorted(versions))})
         commands.append(runs.command.iloc[0])
     text = "Steps per second and minutes are medians of whole runs, evaluations included, beside other runs. A commit"
-    text += " with + had uncommitted changes. Below are the commands of the first seeds."
+    text += " with + had uncommitted changes. Below are the commands of the first seeds, as"
+    text += " they were at that commit: a default may be another now. `python results/benchmark.py` has today's."
     return ["## Runs", "", text, "", *markdown(rows), "```", *dict.fromkeys(commands), "```", ""]
 
 
