@@ -23,7 +23,9 @@ def run(path: str, arguments: list[str], folder: str, environment: dict[str, str
     for number in (1, 2):
         os.dup2(output.fileno(), number)
     output.close()
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", buffering=1, closefd=False)  # as of a pipe
+    letters = environment.get("PYTHONIOENCODING")
+    sys.stdout = open(1, "w", closefd=False, encoding=letters)  # both as of a pipe
+    sys.stderr = open(2, "w", buffering=1, closefd=False, encoding=letters, errors="backslashreplace")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(None, force=True)  # the usual one
     sys.argv, sys.path[:0] = [path, *arguments], [str(Path(path).parent)]

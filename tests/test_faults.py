@@ -10,7 +10,6 @@ import math
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ALGOS, SCRIPTS
+from processes import Started
 from tensorboard.summary.writer.record_writer import RecordWriter
 from test_training import TINY, family, flags, model, same, start, train
 
@@ -482,15 +482,11 @@ def test_a_second_process_in_one_folder_is_refused(base, tmp_path, capsys):
 
 
 def test_a_folder_that_the_terminal_cannot_write(tmp_path):
-    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    code = "import runpy, sys"
-    for name in ("sac", "ppo"):  # in one process, for torch takes seconds to import
+    for name in ("sac", "ppo"):
         settings = TINY[name] | {"total_timesteps": 20, "run_dir": f"{name}-ä"}
-        path = str(ALGOS / f"{name}.py")
-        code += f"\nsys.argv = {[path, *flags(**settings)]}\nrunpy.run_path({path!r}, run_name='__main__')"
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and all(rf"run folder {name}-\xe4" in done.stdout for name in ("sac", "ppo")), done
+        process = Started(ALGOS / f"{name}.py", *flags(**settings), cwd=tmp_path, PYTHONIOENCODING="ascii")
+        output = process.communicate()
+        assert process.poll() == 0 and rf"run folder {name}-\xe4" in output, output
 
 
 @pytest.mark.parametrize("fps", [20, 67, 100, 125])

@@ -233,7 +233,8 @@ def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path
     half, end = STEPS[script_name]
     settings = SMALL[script_name] | {"protocol": "continual", "eval_every": half}
     settings |= {"total_timesteps": 3 * half, "checkpoint_every": half // 2}
-    shutil.copy(ALGOS / f"{script_name}.py", tmp_path)
+    text = (ALGOS / f"{script_name}.py").read_text().replace("PROBE = 4, 128 ", "PROBE = 1, 32 ")
+    (tmp_path / f"{script_name}.py").write_text(text.replace("SAMPLES = 1024 ", "SAMPLES = 64 "))  # as quick()
     killed = start(script_name, *words(**settings, run_dir="killed"), cwd=tmp_path, path=tmp_path)
     evaluations = tmp_path / "killed" / "eval.csv"
     while killed.poll() is None and not (evaluations.exists() and "deterministic" in evaluations.read_text()):
@@ -242,7 +243,7 @@ def test_resume_after_kill_9_is_exact_across_a_task_switch(script_name, tmp_path
     assert killed.wait() == -signal.SIGKILL
     stopped_at = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["global_step"]
     assert half // 2 <= stopped_at < 3 * half // 2
-    module = load(script_name)
+    module = load(script_name, tmp_path)
     resumed = resume(module, tmp_path / "killed")
     whole = module.main(words(run_dir=tmp_path / "whole", **settings))
     assert "active for one" in capsys.readouterr().out

@@ -563,7 +563,8 @@ def small_set(root):
     write_csv(folder / "gait.csv", "policy,episode,return,upright", ["deterministic,0,10,1.0", "stochastic,0,5,-1.0"])
 
 
-def test_plot_writes_figures_and_pages_and_repeats_to_the_byte(tmp_path):
+def test_plot_writes_figures_and_pages_and_repeats_to_the_byte(tmp_path, monkeypatch):
+    monkeypatch.setattr(curves, "DPI", 30)  # draws faster
     small_set(tmp_path)
     (tmp_path / "findings.md").write_text("by hand")
 

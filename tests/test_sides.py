@@ -291,8 +291,8 @@ def test_history_repeats_the_run(sides, history, pmoe, tmp_path, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["algos/sac_pmoe.py", *flags])  # run.json has the command
         pmoe.main(flags)
-        patch.setattr(sides, "EPISODES", 3)
-        patch.setattr("sides.EPISODES", 3)
+        patch.setattr(sides, "EPISODES", 1)
+        patch.setattr("sides.EPISODES", 1)
         path = history.main(tmp_path, every=25)
         assert "the same weights as" in capsys.readouterr().out
         with open(path) as file:

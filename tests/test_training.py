@@ -21,12 +21,12 @@ from conftest import ALGOS, MULTITASK, RIVALS, SCRIPTS, load
 from processes import Started
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-COMMON = dict(env_id="Pendulum-v1", total_timesteps=220, eval_every=110, eval_episodes=1, num_threads=1)
+COMMON = dict(total_timesteps=220, eval_every=110, eval_episodes=1, num_threads=1)
+EPISODE = {"env_id": "Pendulum-v1?max_episode_steps=50"}  # short, so that some end
 TINY = {
-    "sac": COMMON | dict(learning_starts=150, batch_size=16, checkpoint_every=160, buffer_size=1000),
-    "ppo": COMMON | dict(num_envs=2, num_steps=11, num_minibatches=2, update_epochs=2, checkpoint_every=110),
+    "sac": COMMON | EPISODE | dict(learning_starts=150, batch_size=16, checkpoint_every=160, buffer_size=1000),
+    "ppo": COMMON | EPISODE | dict(num_envs=2, num_steps=11, num_minibatches=2, update_epochs=2, checkpoint_every=110),
 }
-TINY["ppo"]["env_id"] = "Pendulum-v1?max_episode_steps=40"  # some of its episodes shall end
 
 
 def family(script) -> str:
@@ -376,7 +376,7 @@ def test_resume_after_a_kill_between_two_files_of_a_checkpoint(script, finished,
 
 def test_flags_of_the_mixture_make_other_runs(pmoe, tmp_path):
     variants = [{}, {"primitive_update": "all"}, {"selection": "means"}, {"selection": "fresh"}]
-    models = [model(train(pmoe, tmp_path / f"{i}", **flags)) for i, flags in enumerate(variants)]
+    models = [model(train(pmoe, tmp_path / f"{i}", total_timesteps=160, **flags)) for i, flags in enumerate(variants)]
     assert not any(same(a, b) for i, a in enumerate(models) for b in models[:i])
 
 
