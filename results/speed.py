@@ -494,6 +494,7 @@ def main():
     if args.gpu:
         return gpu(args.scripts)
     torch.set_flush_denormal(True)  # for both forms: the plain one would be slower still without it
+    torch.empty(8_000_000)  # likewise; the scripts say why
     if args.rivals:
         return rivals(args.threads, args.rounds)
     if args.ppo:
