@@ -235,11 +235,17 @@ def side_history(data: Data, path: Path):
     """What agents think of the mirror layout's two sides at the start while they learn, a line for each run."""
     history = data.history.assign(difference=data.history.q_left - data.history.q_right)
     names = {"difference": "Q of the left side - of the right", "alpha": "temperature", "p_left": "probability of left"}
-    figure, axes = panels(3, 3, 3)
+    names |= {"gate": "weights of the gate"}
+    figure, axes = panels(4, 2)
     colours = palette(data.by_label)
     for axis, (column, name) in zip(axes, names.items(), strict=True):
         for (label, seed), run in history.groupby(["label", "seed"], sort=False):
-            axis.plot(run.step, run[column], color=colours[label], label=f"{label}, seed {seed}")
+            if column != "gate":
+                axis.plot(run.step, run[column], color=colours[label], label=f"{label}, seed {seed}")
+            elif run.gate.notna().all():  # one Gaussian has none
+                weights = run.gate.str.split(expand=True).astype(float)  # a column per expert
+                axis.plot(run.step, weights, color=colours[label], linewidth=1)
+                axis.set_ylim(0)
         axis.xaxis.set_major_formatter(steps)
         axis.set(xlabel="environment steps", ylabel=name)
     legend(figure, axes)
