@@ -29,11 +29,15 @@ What differs from ppo.py, after the paper and its code:
 2. A rollout gives each MDP its advantages. PPO improves the policy of one MDP, then that of the other, in random
    order; each has half of --update-epochs, and stops by itself at --target-kl. pi_H gets a bonus for its entropy,
    --high-ent-coef; pi_L has --ent-coef, which is 0.
-3. mu_o, beta_o, pi_W and q are networks of their own, and nothing is shared.
-The authors' code departs from the formulas in at least three places, and this script does not: it applies beta of the
+3. mu_o, beta_o, pi_W and q are networks of their own, and nothing is shared. When q is fitted by v_H, pi_H is that of
+   acting, as in the target.
+PMOE's paper (Ren et al. 2021, arXiv 2104.09122) compares with "an option framework", which was not available to us;
+DAC in PPO is the likeliest.
+The authors' code departs from the formulas in at least four places, and this script does not: it applies beta of the
 option to be chosen instead of beta of o', so its pi_H does not sum to 1; while learning it writes 1[o = o'] of all rows
-of a minibatch into its first row, so the high ratio does not start at 1; and it takes log(p + 1e-5) of the density
-pi_L, which has nearly no gradient left if there are many action dimensions.
+of a minibatch into its first row, so the high ratio does not start at 1; it takes log(p + 1e-5) of the density pi_L,
+which has nearly no gradient left if there are many action dimensions; and it fits q(s, o) to the high MDP's returns and
+sum_o pi_H q to the low one's, the other way round from the values in its advantages (seen in an earlier version of it).
 Our choices:
 1. Where the rollout or, at a time limit, the episode ends, the next option has not been drawn. Both MDPs bootstrap from
    v_H(o, s'), the expectation of q(s', .) over it.
@@ -359,7 +363,7 @@ def update(agent: Agent, batch: Batch, args: Args, mdp: str) -> dict[str, torch.
         entropy, ent_coef = actor.entropy(batch.option), args.ent_coef
         value = at(q, batch.option)  # v_L(s, o) (B,)
 
-    # Actor: maximise E[min(r A, clip(r, 1 - eps, 1 + eps) A)]; r: pi_H or pi_L, over its value when acting
+    # Actor: maximise E[min(r A, clip(r, 1 - eps, 1 + eps) A)]; r = pi / pi_old, pi = pi_H or pi_L.
     # Where r A is the smaller, the gradient is that of (r A) log pi with r A held fixed; elsewhere it is zero.
     with torch.no_grad():
         log_ratio = log_prob - batch.log_prob

@@ -274,7 +274,7 @@ def learn(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
 
 def update(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
     """One gradient step on a minibatch; no host synchronisation. Returns detached scalars, and log r (B,)."""
-    mean, log_std, value = agent.actor(batch.obs)  # (B, A), (B, A), (B,)
+    mean, log_std, value = agent.actor(batch.obs)  # (B, A), (B, A) or (A,), (B,)
     log_prob = agent.actor.log_prob(mean, log_std, batch.action)  # (B,)
 
     # Actor: maximise E[min(r A, clip(r, 1 - eps, 1 + eps) A)], r = pi(a|s) / pi_old(a|s).

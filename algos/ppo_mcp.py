@@ -13,7 +13,8 @@
 """PPO with multiplicative compositional policies (MCP): a product of K Gaussians, each to the power of its weight.
 
 Paper   Peng, Chang, Zhang, Abbeel and Levine 2019, "MCP: Learning Composable Hierarchical Control with Multiplicative
-        Compositional Policies", arXiv 1905.09808. What it calls a primitive is an expert here.
+        Compositional Policies", arXiv 1905.09808. What it calls a primitive is an expert here. PMOE's paper (Ren et al.
+        2021, arXiv 2104.09122) compares with a second mixture method, which we take to be this one.
 Policy  pi(a|s) = 1/Z(s) prod_k N(a; mu_k(s), sigma_k^2)^w_k(s), which is one Gaussian: in each dimension
         1/sigma^2 = sum_k w_k / sigma_k^2 and mu = sigma^2 sum_k w_k mu_k / sigma_k^2. The environment receives
         clip(a, -1, 1).

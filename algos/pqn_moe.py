@@ -30,8 +30,8 @@ What differs from pqn.py:
    tokens  one expert for every token, y = f(x), and nothing to route
 2. The mixtures keep 64 tokens of 16 channels, so the last layer has 1,024 inputs, and LayerNorm takes one token. The
    matrix of 1,024 x 128, most of pqn.py's parameters, is gone: with experts the network is smaller, not larger.
-3. Top-1 weights what LayerNorm returns, y = w_i LayerNorm(f_i(x)): it would undo a weight before it, as it maps w f(x)
-   and f(x) to the same, and the router would not learn.
+3. Top-1 weights what LayerNorm returns, y = w_i LayerNorm(f_i(x)). LayerNorm maps w f(x) and f(x) to the same vector:
+   a weight before it would be lost, and the router would not learn.
 4. The share of each expert is logged (moe/usage_k): the weight of its slots, or how many of the tokens chose it.
 Where this differs from the papers' code: PQN on MinAtar, not DQN and Rainbow on Atari; LayerNorm and ReLU follow the
 mixture; experts have no biases; p is rounded down, not up; top-1 has no balancing loss and drops no token.
@@ -139,7 +139,8 @@ class Mixture(nn.Module):
 
 
 class Network(nn.Module):
-    """Q(s, .): 3x3 convolution to 16 channels, a wide layer or a mixture, A outputs; LayerNorm, then ReLU follow each.
+    """Q(s, .): 3x3 convolution to 16 channels, a wide layer or a mixture, A outputs. LayerNorm and ReLU follow
+    all but the outputs.
 
     The first LayerNorm takes the 16 channels of one cell, not the whole picture.
     """

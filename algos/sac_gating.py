@@ -28,7 +28,7 @@ What differs from sac.py is the actor; in brackets, where each choice comes from
 2. All experts share one noise (ours): independent draws, averaged, would shrink sigma, down to sigma / sqrt(K).
 3. Gate and experts learn by SAC's own gradient through mu and sigma, and the gate's reaches the trunk (ours).
 4. There are four experts, in one linear layer, as in sac_pmoe.py (ours).
-With one expert and the same initial network this is sac.py.
+With one expert and the same initial network and random numbers this is sac.py.
 All else, the default task included, is as in sac.py, whose docstring says where it differs from its paper.
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """

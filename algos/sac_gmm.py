@@ -12,7 +12,8 @@
 # ///
 """SAC whose policy is a mixture of K Gaussians, with other gradients than PMOE's: marginal, score, Gumbel-softmax.
 
-Paper   Ren et al. 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning", arXiv 2104.09122.
+Paper   Ren et al. 2021, "Probabilistic Mixture-of-Experts for Efficient Deep Reinforcement Learning", arXiv 2104.09122,
+        which compares PMOE with Gumbel-Softmax and the score ratio. How it defines them was not available to us.
 Policy  pi(a|s) = sum_k w_k(s) N_k(a|s), N_k: a = tanh(u), u ~ N(mu_k(s), sigma_k(s)^2), k ~ Categorical(w(s)).
 Run       python algos/sac_gmm.py                                 # target-reaching
           python algos/sac_gmm.py --env-id HalfCheetah-v5 --num-experts 2 --learning-starts 5000 --alpha-init 1
@@ -23,7 +24,7 @@ What differs from sac_pmoe.py; in brackets, where each choice comes from:
    expert and no frequency loss, and the gate is not detached from the trunk.
 2. --gradient, from one draw a_k = tanh(u_k) of each expert and k = argmax(log w + g) ~ w, g Gumbel noise; sg stops the
    gradient. The first two take K critic passes with gradients and, for the mixture's log pi, K^2 densities.
-   marginal  sum_k w_k f(a_k), unbiased (arXiv 2605.09157; code of Explainable-RL-Dynamic-Mixture-Policies).
+   marginal  sum_k w_k f(a_k), unbiased (abstract of arXiv 2605.09157; Explainable-RL-Dynamic-Mixture-Policies).
    score     sg[f(a_k) - b] log w_k + f(a_k), the score-ratio trick. b = sum_j w_j f(a_j) leaves it unbiased (derived).
    gumbel    f(tanh(sum_k z_k u_k)), z = onehot(k) + y - sg[y], y = softmax((log w + g) / temperature): straight-through
              (Jang et al. 2017, arXiv 1611.01144), temperature 1 (ours). Biased for the gate, not for the experts.

@@ -13,7 +13,8 @@
 """SAC with multiplicative compositional policies (MCP): the policy is a product of powers of K Gaussians.
 
 Paper   Peng et al. 2019, "MCP: Learning Composable Hierarchical Control with Multiplicative Compositional Policies",
-        arXiv 1905.09808; the learning is SAC's: Haarnoja et al. 2018, arXiv 1812.05905.
+        arXiv 1905.09808; the learning is SAC's: Haarnoja et al. 2018, arXiv 1812.05905. PMOE's paper (Ren et al. 2021,
+        arXiv 2104.09122) compares with a second mixture method, which we take to be this one.
 Policy  a = tanh(u), u ~ prod_k N(mu_k(s), sigma_k(s)^2)^w_k(s) / Z = N(mu(s), sigma(s)^2): one Gaussian, as in sac.py.
         1 / sigma^2 = sum_k w_k / sigma_k^2, mu = sigma^2 sum_k w_k mu_k / sigma_k^2.
 
@@ -31,7 +32,7 @@ What differs from sac.py is the actor; in brackets, where each choice comes from
 3. Weights of 1/2, where a sigmoid starts, make sigma sqrt(2 / K) times sigma_k. So sigma_k starts at sqrt(K / 2), not
    at 1 (ours).
 4. Of the product, not of each expert, log sigma is clamped, to [-5, 2] instead of [-20, 2] (ours).
-With one expert, --gate softmax and the same initial network this is sac.py, but for this clamp.
+With one expert, --gate softmax and the same initial network and random numbers this is sac.py, but for this clamp.
 All else, the default task included, is as in sac.py, whose docstring says where it differs from its paper.
 Letters in the shape comments: B batch, K experts, O observation size, A action dimensions, H hidden units.
 """

@@ -139,7 +139,7 @@ def describe(claim: dict):
         pairs = dict.fromkeys((part["one"], part["other"]) for part in parts)
         labels = claim.get("labels") or ", ".join(f"`{one}` and `{other}`" for one, other in pairs)
         claim["compared"] = f"{labels}: {' and '.join(dict.fromkeys(part['measure'] for part in parts))}"
-    claim["seen"], claim["numbers"] = "not run yet", "-"
+    claim["seen"], claim["numbers"] = claim.get("seen", "not run yet"), "-"
     if not tasks:
         return
     policies = dict.fromkeys(p for task in tasks if task.measure in EVALUATED for p in task.policies)

@@ -635,7 +635,7 @@ def test_where_one_process_fails_each_says_so_in_a_line(tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-@pytest.mark.parametrize("name", ["ppo", "ppo_dac"])
+@pytest.mark.parametrize("name", ["ppo", "ppo_dac", "ppo_gating", "ppo_mcp"])
 def test_two_processes_equal_one(name, tmp_path):
     """Weights and moments are the same in both processes, and those of one process up to rounding."""
     (tmp_path / "parallel.py").write_text(PARALLEL)

@@ -194,8 +194,13 @@ def test_rivals_train_resume_and_evaluate(name, tmp_path, monkeypatch, capsys):
     script.main(flags(resume=tmp_path / "run"))
     assert same(model(whole), model(tmp_path / "run"))
     assert (whole / "eval.csv").read_bytes() == (tmp_path / "run" / "eval.csv").read_bytes()
-    shutil.copy(whole / "policy.pt", tmp_path / "s1.pt")
     capsys.readouterr()
+    number = "num_options" if name == "ppo_dac" else "num_experts"
+    with pytest.raises(SystemExit) as stop:
+        script.main(flags(resume=tmp_path / "run", **{number: 3}))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and f"--{number.replace('_', '-')} 3: cannot change" in error
+    shutil.copy(whole / "policy.pt", tmp_path / "s1.pt")
     script.main(flags(evaluate=tmp_path / "s1.pt"))
     printed, rows = json.loads(capsys.readouterr().out), (whole / "eval.csv").read_text().splitlines()
     assert set(printed) == {*script.Actor.policies, "stochastic"}
@@ -526,6 +531,7 @@ WRONG = {  # regular expressions: what the error has to say
 WRONG_SAC = {
     "negative batch": (dict(batch_size=-4), "--batch-size -4"),
     "learning rate zero": (dict(q_lr=0.0), "--q-lr 0.0"),
+    "target that never moves": (dict(tau=0.0), "--tau 0.0"),
     "learning rate nan": (dict(policy_lr=math.nan), "--policy-lr nan"),
     "buffer larger than memory": (
         dict(buffer_size=10**12, total_timesteps=10**12),
@@ -610,6 +616,19 @@ WRONG_RIVALS = {  # what argparse refuses has a frame of several lines
 def test_wrong_input_of_rivals(name, tmp_path, monkeypatch, capsys):
     script, wrong, expected = WRONG_RIVALS[name]
     wrong_input(load(script), wrong, expected, tmp_path, monkeypatch, capsys)
+
+
+def test_an_unknown_word_is_refused_with_those_that_are_known(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for script, flag, known in (
+        ("sac_gmm", "gradient", "marginal,score,gumbel"),
+        ("ppo_mcp", "gate", "sigmoid,softmax"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            load(script).main(flags(**{flag: "other"}))
+        error = capsys.readouterr().err
+        assert stop.value.code == 2 and f"--{flag}" in error and all(word in error for word in known.split(","))
+        assert not list(tmp_path.iterdir())
 
 
 def test_run_folder_of_another_run_is_refused(script, finished, capsys):
