@@ -224,7 +224,7 @@ def dots(groups: dict[str, dict[str, pd.Series]], path: Path, ylabel: str):
             axis.plot([x, x], stats.interval(values, share=True), color="k", linewidth=0.8)
             axis.plot(x, values.mean(), "_", color="k", markersize=16)
         seeds = sorted({len(values) for values in group.values()})
-        axis.set_title(f"{title}, {' or '.join(map(str, seeds))} seeds", fontsize=8)
+        axis.set_title(f"{title}, {' or '.join(map(str, seeds))} seed{'s' * (seeds != [1])}", fontsize=8)
         axis.set(xlabel="", ylabel=ylabel if axis in axes[::4] else "")
         axis.set(xlim=(-0.5, len(group) - 0.5), ylim=(0, 1.08 * axis.get_ylim()[1]))
         axis.set_xticks(range(len(group)), group, rotation=35, ha="right", rotation_mode="anchor", fontsize=8)

@@ -6,14 +6,16 @@ python results/noise.py --figure results/policies/Hopper-v5-300k     # results/f
 The environment gets clip(a + sigma n, -1, 1) with n ~ N(0, 1) in every dimension, at `every` step or in a `burst`: the
 first 2 of every 10 steps, as in an earlier demonstration by the PMOE authors. The weights are fixed, and so is PPO's
 normaliser. Episode e of seed s has noise of its own, seeded by (s, e), and starts as evaluation e does, so that all
-methods meet the same. Columns: policy, schedule, sigma, episodes, return, length; at sigma 0 the schedule is `none`.
-The figure has the return relative to that at sigma 0, thin lines for seeds, thick ones for their means. These means are
-in noise.csv, beside the labels.
+methods meet the same. Policies are evaluated as they explore (stochastic) and by their means: of a mixture (gate) by
+that of an expert drawn anew in each step. Columns: policy, schedule, sigma, episodes, return, length; at sigma 0 the
+schedule is `none`. The figure has the return relative to that at sigma 0, thin lines for seeds, thick ones for their
+means. These means are in noise.csv, beside the labels.
 """
 
 import argparse
 import csv
 import dataclasses
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -21,12 +23,12 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from curves import palette
 from policy import load
 
 EPISODES = 20
 SIGMAS = (0.1, 0.2, 0.3, 0.5, 1.0)
 SCHEDULES = {"burst": (2, 10), "every": (10, 10)}  # noise at the first of so many steps
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 FOLDER = Path(__file__).resolve().parent
 
 
@@ -53,7 +55,7 @@ def measure(path: Path) -> Path:
     script, args, env, agent = load(path)
     args = dataclasses.replace(args, eval_episodes=EPISODES)
     lines = ["policy,schedule,sigma,episodes,return,length"]
-    for policy in ("deterministic", "stochastic"):
+    for policy in (script.Actor.policies[-1], "stochastic"):
         for schedule, sigma in [("none", 0.0), *((name, sigma) for name in SCHEDULES for sigma in SIGMAS)]:
             noisy = Noisy(env, args.seed, sigma, *SCHEDULES.get(schedule, (0, 1)))
             row = script.evaluate(agent, noisy, args, 0, policy)
@@ -93,16 +95,17 @@ def draw(folder: Path, target: Path) -> Path:
         lines.append(f"{row['label']},{row['policy']},{row['schedule']},{row['sigma']},{row['seeds']},{numbers}")
     (folder / "noise.csv").write_text("\n".join([*lines, ""]))
 
-    labels, policies = dict.fromkeys(row["label"] for row in rows), ("deterministic", "stochastic")
+    labels = dict.fromkeys(row["label"] for row in rows)
+    colours, modes = palette(labels), {"by means": False, "stochastic": True}
     figure, axes = plt.subplots(2, 2, sharex=True, sharey=True, layout="constrained", figsize=(8, 6))
-    for axis, policy, schedule in zip(axes.flat, np.repeat(policies, 2), [*SCHEDULES] * 2, strict=True):
-        for label, colour in zip(labels, COLOURS * 3, strict=False):
-            chosen = [row for row in rows if (row["label"], row["policy"]) == (label, policy)]
-            chosen = [row for row in chosen if row["schedule"] in ("none", schedule)]
+    for axis, (mode, schedule) in zip(axes.flat, itertools.product(modes, SCHEDULES), strict=True):
+        for label, colour in colours.items():
+            chosen = [row for row in rows if row["label"] == label and row["schedule"] in ("none", schedule)]
+            chosen = [row for row in chosen if (row["policy"] == "stochastic") == modes[mode]]
             sigmas = [row["sigma"] for row in chosen]
             axis.plot(sigmas, [row["relatives"] for row in chosen], color=colour, linewidth=0.6, alpha=0.5)
             axis.plot(sigmas, [row["relative"] for row in chosen], "o-", color=colour, label=label, markersize=4)
-        axis.set_title(f"{policy} policy, noise at {SCHEDULES[schedule][0]} of 10 steps", fontsize=9)
+        axis.set_title(f"{mode}, noise at {SCHEDULES[schedule][0]} of 10 steps", fontsize=9)
         axis.grid(color="#DDDDDD")
         axis.set_ylim(bottom=0)
     for axis in axes[1]:

@@ -79,6 +79,9 @@ def labels_of(data: Data) -> list[str]:
 def one_task(data: Data, figures: Path) -> list[str]:
     """The section of a folder whose runs have one task each."""
     lines = [line for name, part in families(data).items() for line in pictures(part, name, figures)]
+    for name in ("noise", "primitives"):  # by scripts of their own
+        if (path := figures / f"{data.folder()}-{name}.png").exists():
+            lines += picture(path, f"{data.folder()}, {name}", name)
     rows = [returns(part) for part in data.by_label.values()]
     policies = [policy(part) for part in data.by_label.values()]
     known = any(set(row.values()) - {row["label"], row["seeds"], "-"} for row in policies)  # PQN's has none of it
