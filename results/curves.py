@@ -62,11 +62,11 @@ def lines(axis, curves: pd.DataFrame, colours: dict, dashed: tuple[str, ...] = (
     for label, part in curves.groupby("label", sort=False):
         wide = aligned(part)
         style = {"color": colours[label], "linestyle": "--" if label in dashed else "-"}
-        axis.plot(wide.columns, wide.mean(), label=label, linewidth=1.6, **style)
+        axis.plot(wide.columns, wide.mean(), label=label, linewidth=1.6 if len(wide) > 1 else 0.8, **style)
         if bands:
             edges = np.array([stats.interval(wide[step], share) for step in wide])
             axis.fill_between(wide.columns, *edges.T, color=colours[label], alpha=0.15, linewidth=0)
-        if seeds and len(wide) < stats.FEW:
+        if seeds and 1 < len(wide) < stats.FEW:
             axis.plot(wide.columns, wide.T, linewidth=0.5, alpha=0.6, **style)
     axis.xaxis.set_major_formatter(steps)
     axis.set(xlabel="environment steps", xlim=(0, None))

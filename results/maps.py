@@ -97,7 +97,8 @@ def paths(data: Data, labels: list[str], alone: dict[str, int], path: Path, one_
             axis.axis("off")
             continue
         experts |= fly(axis, edge, *panel)
-        axis.set(ylabel="y" if i % columns == 0 else "")
+        below = drawn[i + columns] if i + columns < len(drawn) else None
+        axis.set(xlabel="" if below else "x", ylabel="y" if i % columns == 0 else "")
     names = {k: f"expert {k} acts" for k in sorted(experts - {None})}
     if None in experts:
         lost = any(acts_by_an_expert(run) and run.paths.expert.isna().all() for run, _, _ in sum(rows, []))
