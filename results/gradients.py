@@ -1,6 +1,6 @@
 """Compares the gradients that a mixture's gate can learn by: bias, variance and direction of each.
 
-python results/gradients.py                                             # every sac_pmoe/s1.pt of results/policies
+python results/gradients.py                                             # HalfCheetah and the mirror layout
 python results/gradients.py results/policies/HalfCheetah-v5/sac_pmoe/s1.pt
 
 A state has a mixture of K Gaussians, w = softmax(l), and a critic Q. The objective, to be minimised, is
@@ -51,7 +51,7 @@ from policy import gaussians, load, visited
 from torch.nn.functional import one_hot, softplus
 
 FOLDER = Path(__file__).resolve().parent
-STATES, TAU, EXACT = 64, 1.0, 4096
+STATES, TAU, EXACT, SETTLED = 64, 1.0, 4096, 0.3
 EVALUATIONS = {  # of Q, for one draw; K where it is None
     "marginal": None,
     "score": 1,
@@ -250,7 +250,7 @@ def draw(tables: dict[str, list[dict]], file: Path):
     for (above, below), (problem, rows) in zip(axes.T, tables.items(), strict=True):
         above.set_title(problem.replace(", ", "\n"), fontsize=9)
         style = {"widths": 0.6, "whis": (5, 95), "showfliers": False, "medianprops": {"color": "black"}}
-        data = [row["cosines"].numpy() for row in rows]
+        data = [row["cosines"].numpy() if row["noise"] <= SETTLED else [] for row in rows]
         boxes = above.boxplot(data, orientation="horizontal", patch_artist=True, **style)
         for box, colour in zip(boxes["boxes"], colours, strict=True):
             box.set_facecolor(colour)
@@ -258,6 +258,8 @@ def draw(tables: dict[str, list[dict]], file: Path):
         below.scatter([row["per evaluation"] or math.nan for row in rows], range(1, len(rows) + 1), color=colours)
         below.set_xscale("log")
         for place, row in enumerate(rows, 1):
+            if row["noise"] > SETTLED:
+                above.text(0.03, place, "not settled", transform=above.get_yaxis_transform(), va="center", fontsize=8)
             if not row["per evaluation"]:
                 below.text(0.03, place, "0", transform=below.get_yaxis_transform(), va="center", fontsize=8)
         for axis, label in ((above, "cosine with the exact gradient"), (below, "variance x evaluations")):
@@ -281,16 +283,17 @@ Written by `python results/gradients.py`; its docstring defines the estimates, t
 
 Above: cosine of the mean gradient with the exact one in each of {STATES} states (box: quartiles, whiskers: 5% and 95%).
 Below: variance of one draw, relative to the squared norm of the exact gradient, times the evaluations of Q it needs.
-Where the noise of the bias is not small, the mean has not settled, and its cosine is too small: the score without a
-baseline needs more draws than these.
+The exact gradient of the bandits is a quadrature's, that of a trained policy a mean of {EXACT:,} other draws; the rest
+are means of draws. *Not settled*: the noise of the bias is above {SETTLED}, so the mean needs more draws than these.
 
 | problem | estimate | evaluations of Q | cosine | bias | noise of the bias | variance | variance x evaluations |
 |---|---|---:|---:|---:|---:|---:|---:|
 """
     for problem, rows in tables.items():
         for row in rows:
-            numbers = [f"{row['cosine']:.3f}"]
-            numbers += [f"{row[name]:.3g}" for name in ("bias", "noise", "variance", "per evaluation")]
+            numbers = [f"{row['cosine']:.3f}", f"{row['bias']:.3g}"]
+            numbers = ["not settled"] * 2 if row["noise"] > SETTLED else numbers
+            numbers += [f"{row[name]:.3g}" for name in ("noise", "variance", "per evaluation")]
             text += f"| {problem} | {row['estimate']} | {row['evaluations']} | {' | '.join(numbers)} |\n"
     text += """
 Theorem 3.1 of the PMOE paper, means over the states, and the largest difference of a state:
@@ -321,7 +324,7 @@ def main(paths: list[Path], folder: Path = FOLDER, draws: int = 20_000, draws_tr
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = sorted(FOLDER.glob("policies/*/sac_pmoe/s1.pt"))
+    known = [FOLDER / f"policies/{name}/sac_pmoe/s1.pt" for name in ("HalfCheetah-v5", "TargetReaching-v0-mirror")]
     parser.add_argument("policies", type=Path, nargs="*", default=known, help="files that have the critics, too")
     try:
         print(main(parser.parse_args().policies))
