@@ -175,6 +175,12 @@ SUITES |= {
         for task, k in SAC_K.items()
     ],
     "reaching-untouched": reaching("untouched", "layout=random", f"{UNTOUCHED} 40000", range(1, 7)),
+    "reaching-untouched-patient": reaching(  # is it for want of exploration that they do not arrive?
+        "untouched-patient",
+        "layout=random",
+        f"{UNTOUCHED.replace('1000', '40000')} 80000",
+        range(1, 3),
+    ),
     "reaching-penalty10": [
         reaching("penalty10", EASED.format("fixed"), PATIENT, range(1, 7)),
         reaching("penalty10", EASED.format("fixed"), PATIENT, range(7, 11), some("sac_pmoe", "sac_pmoe-means")),
