@@ -285,6 +285,7 @@ Above: cosine of the mean gradient with the exact one in each of {STATES} states
 Below: variance of one draw, relative to the squared norm of the exact gradient, times the evaluations of Q it needs.
 The exact gradient of the bandits is a quadrature's, that of a trained policy a mean of {EXACT:,} other draws; the rest
 are means of draws. *Not settled*: the noise of the bias is above {SETTLED}, so the mean needs more draws than these.
+With two experts, as on HalfCheetah, the gate has one direction, so that a state's cosine is 1 or -1.
 
 | problem | estimate | evaluations of Q | cosine | bias | noise of the bias | variance | variance x evaluations |
 |---|---|---:|---:|---:|---:|---:|---:|
