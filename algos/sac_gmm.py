@@ -670,7 +670,7 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
         print(f"{SCRIPT}.py: the run ends before its first update, at step {args.learning_starts}", file=sys.stderr)
     sys.path += [os.getcwd()]  # for --env-id module:Id
     torch.set_num_threads(args.num_threads)
-    torch.empty(8_000_000)  # freed at once: from now on glibc keeps blocks up to that, which saves asking for pages
+    torch.empty(8_000_000)  # freed at once: glibc then keeps freed blocks up to this size, for the next update
     torch.set_float32_matmul_precision(args.matmul_precision)
     torch.set_flush_denormal(True)  # numbers below 1e-38, such as Adam's moments of silent units, are slow on CPUs
     return args, saved

@@ -178,7 +178,7 @@ SUITES |= {
     "reaching-untouched-patient": reaching(  # is it for want of exploration that they do not arrive?
         "untouched-patient",
         "layout=random",
-        f"{UNTOUCHED.replace('1000', '40000')} 80000",
+        "--learning-starts 40000 --alpha-init 1 --total-timesteps 80000",
         range(1, 3),
     ),
     "reaching-penalty10": [

@@ -49,8 +49,8 @@ def first_episode(path: Path) -> tuple[str, str, list[float]]:
         words = ["--evaluate", str(file), "--eval-episodes", "1", "--device", "cpu", "--num-threads", "1"]
         script = load_script(name)
         if policies := getattr(getattr(script, "Actor", None), "policies", ()):  # only the one that is listed flies
-            script.evaluate = lambda *words, fly=script.evaluate: (
-                fly(*words) if words[-1] == policies[-1] else {"policy": words[-1]}
+            script.evaluate = lambda *parts, fly=script.evaluate: (
+                fly(*parts) if parts[-1] == policies[-1] else {"policy": parts[-1]}
             )
         script.main(words)
         results = json.loads(file.with_suffix(".json").read_text())

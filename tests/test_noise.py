@@ -64,20 +64,21 @@ def test_noise_is_that_of_seed_and_episode(noise):
         assert (received(noise, 0.1, 1, 1, **other) != first).all()
 
 
-def test_measure(noise, sac, tmp_path, monkeypatch):
-    """Sigma 0 is an ordinary evaluation; noise on the actions of Pendulum changes the return."""
+def test_measure(noise, pmoe, tmp_path, monkeypatch):
+    """Sigma 0 is an ordinary evaluation, by the gate's mode; noise on the actions of Pendulum changes the return."""
     monkeypatch.setattr(noise, "EPISODES", 2)
-    args = sac.Args(env_id="Pendulum-v1", seed=3)
+    args = pmoe.Args(env_id="Pendulum-v1", seed=3)
     torch.manual_seed(3)
-    agent = sac.Agent(3, 1, args)
-    saved = {"script": "sac", "args": dataclasses.asdict(args), "global_step": 1, "commit": None}
+    agent = pmoe.Agent(3, 1, args)
+    saved = {"script": "sac_pmoe", "args": dataclasses.asdict(args), "global_step": 1, "commit": None}
     torch.save(saved | {"agent": agent.state_dict()}, tmp_path / "s3.pt")
     with open(noise.measure(tmp_path / "s3.pt")) as file:
         rows = list(csv.DictReader(file))
     assert file.name.endswith("s3.noise.csv") and len(rows) == 22
-    env, args = sac.Env(args, evaluation=True), dataclasses.replace(args, eval_episodes=2)
+    env, args = pmoe.Env(args, evaluation=True), dataclasses.replace(args, eval_episodes=2)
+    assert [row["policy"] for row in rows[::11]] == ["gate", "stochastic"]
     for row in rows[::11]:
-        expected = sac.evaluate(agent, env, args, 0, row["policy"])
+        expected = pmoe.evaluate(agent, env, args, 0, row["policy"])
         assert (row["schedule"], row["return"], row["length"]) == ("none", f"{expected['return']:.2f}", "200.0")
     assert len({row["return"] for row in rows}) == 22
 
