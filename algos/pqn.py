@@ -30,7 +30,8 @@ What differs from ppo.py, besides the algorithm:
 1. A checkpoint does not end the running episodes. Each has its own seed, made from the run's seed and the episode's
    number, so resume plays its actions again and needs no game's state.
 2. Two policies are evaluated each time: the greedy one (deterministic) and the one that is epsilon-greedy with the
-   final epsilon (stochastic).
+   final epsilon (stochastic). Without sticky actions, greedy episodes of Space Invaders are all equal, and those of
+   Breakout one of two, for these games have no other chance in them: results are of the second policy.
 3. eval.csv has two more columns, measured on the rollout before the evaluation: see measure().
 As there, a run ends with a whole rollout, and one that is made longer is not the same as one that was longer from the
 start, because the learning rate and epsilon follow the length.
@@ -318,6 +319,7 @@ def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float]:
              2302.12902); where a layer treats 64 cells alike, a cell is a sample; an expert is a layer
     rank     effective rank of what the last layer sees: the least number of singular values, largest first, that sum to
              0.99 of all (Kumar et al. 2021, arXiv 2010.14498)
+    Networks of another kind differ in both before they learn anything: compare a network with its own past.
     """
     sizes, features = [], []
     hooks = [

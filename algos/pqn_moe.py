@@ -25,16 +25,17 @@ What differs from pqn.py:
 1. --moe: what stands between the convolution and the last layer.
    none    the 128 units of pqn.py
    wide    128 times --widen units
-   soft    Soft MoE of n experts 16-128-16 with p = 64 / n slots each (rounded down), so the cost does not depend on n
+   soft    Soft MoE of n experts 16-128-16 with p = 64 / n slots each (rounded down), so n hardly changes the cost
    topk    top-1: the same experts, each token to the one with the largest weight in w = softmax(x Phi)
    tokens  one expert for every token, y = f(x), and nothing to route
 2. The mixtures keep 64 tokens of 16 channels, so the last layer has 1,024 inputs, and LayerNorm takes one token. The
-   matrix of 1,024 x 128, most of pqn.py's parameters, is gone: with experts the network is smaller, not larger.
+   matrix of 1,024 x 128, most of pqn.py's parameters, is gone: with up to 30 experts the network is the smaller one.
 3. Top-1 weights what LayerNorm returns, y = w_i LayerNorm(f_i(x)). LayerNorm maps w f(x) and f(x) to the same vector:
    a weight before it would be lost, and the router would not learn.
 4. The share of each expert is logged (moe/usage_k): the weight of its slots, or how many of the tokens chose it.
 Where this differs from the papers' code: PQN on MinAtar, not DQN and Rainbow on Atari; LayerNorm and ReLU follow the
-mixture; experts have no biases; p is rounded down, not up; top-1 has no balancing loss and drops no token.
+mixture; experts have no biases; p is rounded down, not up; top-1 has no balancing loss and drops no token; weights
+start as PyTorch's.
 Letters in the shape comments: T steps, N games, B batch, C channels of a picture, A actions; m, n, p, d as above.
 """
 
@@ -99,8 +100,8 @@ class Args:
     max_grad_norm: float = 10.0  # the gradient is scaled down to this norm
     # the mixture
     moe: Literal["none", "soft", "topk", "wide", "tokens"] = "soft"  # the layer before the last, see the docstring
-    num_experts: int = 4  # n of soft and topk
-    widen: int = 4  # wide: times 128 units
+    num_experts: int = 4  # n of soft and topk; has no effect on the others
+    widen: int = 4  # times 128 units of wide; has no effect on the others
 
 
 class Mixture(nn.Module):
@@ -367,6 +368,7 @@ def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float]:
              2302.12902); where a layer treats 64 cells alike, a cell is a sample; an expert is a layer
     rank     effective rank of what the last layer sees: the least number of singular values, largest first, that sum to
              0.99 of all (Kumar et al. 2021, arXiv 2010.14498)
+    Networks of another kind differ in both before they learn anything: compare a network with its own past.
     """
     sizes, features = [], []
     hooks = [

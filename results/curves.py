@@ -187,7 +187,7 @@ def number_of_experts(data: Data, path: Path):
 def parameters(data: Data, path: Path):
     """PQN: area over the number of parameters, a panel for each game, a line for each kind of network."""
     kinds = {"wide": ("plain network, times as wide", 0), "soft": ("Soft MoE, experts", 1)}
-    kinds |= {"topk": ("top-1, experts", 5), "tokens": ("tokens without experts", 2)}
+    kinds |= {"topk": ("top-1, experts", 5), "tokens": ("tokens, one MLP for all", 2)}
     figure, axes = panels(len(data.by_folder), min(3, len(data.by_folder)), 2.8)
     for axis, (folder, game) in zip(axes, data.by_folder.items(), strict=True):
         points = {}  # kind -> (parameters, what is counted, areas of the seeds)
@@ -208,7 +208,7 @@ def parameters(data: Data, path: Path):
         axis.set_xscale("log")
         axis.margins(x=0.1)
         axis.set_title(f"{folder.removeprefix('MinAtar-PQN-').replace('_', ' ')}, {count(game)}", fontsize=8)
-        axis.set(xlabel="parameters", ylabel="area (greedy)" if axis in axes[::3] else "")
+        axis.set(xlabel="parameters", ylabel="area (epsilon-greedy)" if axis in axes[::3] else "")
     legend(figure, axes)
     save(figure, path)
 

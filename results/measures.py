@@ -114,6 +114,16 @@ def rank(data: Data, network: str) -> pd.Series:
     return measured(data, network, "rank") / measured(data, network, "width")
 
 
+def in_use(data: Data, column: str) -> pd.Series:
+    """Of PQN, whose eval.csv has these columns: share of dormant units, and effective rank divided by its width."""
+    if column not in data.evals:
+        return pd.Series(np.nan, data.runs.seed)
+    args = data.args()
+    widths = {"none": 128, "wide": 128 * args.get("widen", 1)}  # what the last layer sees; else 64 tokens of 16
+    width = widths.get(args.get("moe", "none"), 1024) if column == "rank" else 1
+    return end(data, column)[""] / width
+
+
 def cells(data: Data) -> pd.Series:
     """Share of the arena's cells that were seen: in the first 10,000 steps or, of runs that lack this, by the policy
     (not by random actions) in every tenth of the first 20,000."""
@@ -162,6 +172,7 @@ MEASURES: dict[str, tuple[Callable, ...]] = {
     "return at the end": (end, "return"),
     "success at the end": (end, "success"),
     "stochastic return": (end, "return", "stochastic"),
+    "greedy return": (end, "return", "deterministic"),
     "stochastic success": (end, "success", "stochastic"),
     "return at the end of its phase": (end_of_phase, "return"),
     "steps to the first success": (first_success,),
@@ -173,6 +184,8 @@ MEASURES: dict[str, tuple[Callable, ...]] = {
     "entropy of the gate": (logged, "moe/gate_entropy"),
     "KL per rollout": (logged, "policy/kl", "median"),
     "clipped": (logged, "policy/clipped", "median"),
+    "dormant": (in_use, "dormant"),
+    "rank / width": (in_use, "rank"),
     "cells seen": (cells,),
     "ways": (ways,),
     "entropy of the side": (side_entropy,),

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import stats
 from curves import NETWORKS
-from reading import TEXT, Data, kind, natural, policy_name
+from reading import PQN, TEXT, Data, kind, natural, policy_name
 
 MADE = "<!-- python results/plot.py makes this page; what is written by hand is in results/text -->"
 LOCAL = re.compile(r"\]\(([\w./-]+\.(?:png|md|csv))\)")  # targets of links and pictures in this folder
@@ -136,8 +136,14 @@ def returns(data: Data) -> dict[str, str]:
     """A row: how well a label learns and what it ends with, by each policy."""
     row = {"label": data.runs.label.iloc[0], "K": str(data.experts()) if data.experts() > 1 else "-"}
     row |= {"seeds": str(len(data.runs)), "evaluated policy": policy_name(data)}
-    for name in ("area", "return at the end", "stochastic return", "area of training", "training at the end"):
+    value_based = data.runs.script.iloc[0] in PQN
+    other = "greedy return" if value_based else "stochastic return"
+    for name in ("area", "return at the end", other, "area of training", "training at the end"):
         row[name] = cell(data, name)
+    if value_based:
+        row |= {"parameters": f"{data.runs.parameters.iloc[0]:,}"}
+        row |= {name: cell(data, name) for name in ("dormant", "rank / width")}
+        return row
     for name in ("area of success", "success at the end", "stochastic success"):
         row[name] = cell(data, name)
     first = measures.of(data, "steps to the first success")

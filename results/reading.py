@@ -11,7 +11,7 @@ import pandas as pd
 
 TEXT = Path(__file__).parent / "text"  # what is written by hand
 KEYS = ["folder", "label", "seed"]
-DISCRETE = {"ppo_moe_multitask": "likeliest action", "pqn": "greedy", "pqn_moe": "greedy"}
+PQN = ("pqn", "pqn_moe")
 MIXTURES = ("sac_pmoe", "ppo_pmoe")  # scripts with runs from before evaluations had the mode `gate`
 
 
@@ -171,11 +171,15 @@ def share(data: Data) -> Data:
 
 
 def headline(runs: pd.DataFrame, evals: pd.DataFrame) -> list[str]:
-    """The policy whose evaluations stand for a run: `gate` if every run of its label has it, else `deterministic`."""
+    """The policy whose evaluations stand for a run: `gate` if every run of its label has it, else `deterministic`.
+
+    Of PQN `stochastic`: its greedy episodes of Space Invaders are all equal, those of Breakout two different ones.
+    """
     having = set(evals[evals.policy == "gate"][KEYS].itertuples(index=False, name=None))
     gate = pd.Series([key in having for key in runs[KEYS].itertuples(index=False, name=None)], runs.index, dtype=bool)
     every = gate.groupby([runs.folder, runs.label]).transform("all") if len(runs) else gate
-    return ["gate" if g else "deterministic" for g in every]
+    names = zip(runs.script, every, strict=True)
+    return ["stochastic" if script in PQN else "gate" if g else "deterministic" for script, g in names]
 
 
 def policy_name(data: Data) -> str:
@@ -183,6 +187,8 @@ def policy_name(data: Data) -> str:
     script = data.runs.script.iloc[0]
     if data.runs.headline.iloc[0] == "gate":
         return "gate"
-    if script in DISCRETE:
-        return DISCRETE[script]
+    if script in PQN:
+        return "epsilon-greedy"
+    if script == "ppo_moe_multitask":
+        return "likeliest action"
     return "likeliest expert" if script in MIXTURES and data.experts() > 1 else "mean action"

@@ -400,7 +400,7 @@ def pqn(threads: list[int], rounds: int):
         "Soft MoE, n = 1": ("pqn_moe", {"num_experts": 1}),
         "Soft MoE, n = 4": ("pqn_moe", {"num_experts": 4}),
         "Soft MoE, n = 8": ("pqn_moe", {"num_experts": 8}),
-        "tokens without experts": ("pqn_moe", {"moe": "tokens"}),
+        "tokens, one MLP for all": ("pqn_moe", {"moe": "tokens"}),
         "top-1 of 4": ("pqn_moe", {"moe": "topk"}),
     }
     for number in threads:

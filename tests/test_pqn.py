@@ -20,6 +20,7 @@ from test_training import NO_GPU, flags, model, same, start
 pytest.importorskip("minatar")
 SMALL = dict(num_envs=4, num_steps=8, num_minibatches=4, update_epochs=1, time_limit=30, num_threads=1)
 TINY = SMALL | dict(total_timesteps=310, eval_every=160, eval_episodes=2, checkpoint_every=100)
+TINY |= dict(exploration_fraction=0.5)
 KINDS = ("none", "soft", "topk", "wide", "tokens")
 
 
@@ -228,6 +229,41 @@ def test_update_is_half_the_squared_error_of_the_action_taken(pqn):
     assert metrics["losses/gradient_norm"] > 0.1 and norm.item() == pytest.approx(0.1, rel=1e-3)
 
 
+def test_every_pass_takes_each_row_once_in_an_order_of_its_own(pqn, monkeypatch):
+    args, taken = pqn.Args(update_epochs=3, num_minibatches=4), []
+    monkeypatch.setattr(pqn, "update", lambda _, batch, __: taken.append(batch.target) or {})
+    pqn.learn(None, pqn.Batch(torch.zeros(32), torch.zeros(32), torch.arange(32)), args)
+    assert [len(rows) for rows in taken] == [8] * 12
+    orders = [torch.cat(taken[i : i + 4]).tolist() for i in (0, 4, 8)]
+    assert all(sorted(order) == list(range(32)) != order for order in orders) and orders[0] != orders[1] != orders[2]
+
+
+def test_the_optimizer_is_radam(script):
+    (optimizer,) = script.Agent(4, 5, script.Args()).optimizers
+    assert type(optimizer) is torch.optim.RAdam and optimizer.defaults["lr"] == 5e-4
+
+
+def test_the_stochastic_policy_is_epsilon_greedy_and_the_other_greedy(pqn):
+    args, seen = pqn.Args(eval_episodes=2, time_limit=3), []
+    agent = pqn.Agent(4, 5, args)
+    act = agent.act
+    agent.act = lambda obs, epsilon: seen.append(epsilon) or act(obs, epsilon)
+    for policy, epsilon in (("deterministic", 0), ("stochastic", 0.05)):
+        seen.clear()
+        pqn.evaluate(agent, args, 0, policy)
+        assert set(seen) == {epsilon}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_relu_stands_before_the_last_layer(moe, kind):
+    network, seen = moe.Network(4, 5, moe.Args(moe=kind)), []
+    network.head.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    network(torch.rand(8, 10, 10, 4) < 0.3)
+    assert seen[0].min() == 0 and 0.1 < (seen[0] == 0).float().mean() < 0.9
+    if kind in ("soft", "topk"):
+        assert network.middle[0].phi.std().item() == pytest.approx(0.25, rel=0.3)  # 1 / sqrt(16)
+
+
 def test_epsilon_is_the_share_of_random_actions(pqn):
     torch.manual_seed(0)
     agent = pqn.Agent(4, 5, pqn.Args())
@@ -406,9 +442,10 @@ def test_games_that_do_not_repeat_themselves_are_refused(pqn):
 
 def test_evaluation_has_episodes_of_its_own(pqn):
     training, evaluation = pqn.Games(pqn.Args(), 20), pqn.Games(pqn.Args(), 20, evaluation=True)
+    other = pqn.Games(pqn.Args(seed=2), 20)
     for _ in range(60):
-        training.step([0] * 20), evaluation.step([0] * 20)
-    assert not np.array_equal(training.obs, evaluation.obs)
+        training.step([0] * 20), evaluation.step([0] * 20), other.step([0] * 20)
+    assert not np.array_equal(training.obs, evaluation.obs) and not np.array_equal(training.obs, other.obs)
 
 
 # Whole runs
@@ -459,7 +496,8 @@ def test_tensorboard_has_the_curves(script, finished):
     assert keys <= set(events.Tags()["scalars"])
     rates = [event.value for event in events.Scalars("charts/learning_rate")]
     assert rates == pytest.approx([5e-4 * (1 - 32 * i / 310) for i in range(10)])
-    assert [e.value for e in events.Scalars("charts/epsilon")] == pytest.approx([1.0] + [0.05] * 9)
+    epsilons = [max(0.05, 1 - 0.95 * (32 * i / 310) / 0.5) for i in range(10)]
+    assert [e.value for e in events.Scalars("charts/epsilon")] == pytest.approx(epsilons)
 
 
 def test_saved_model_and_policy_evaluate_as_in_training(script, finished, tmp_path, capsys):

@@ -641,6 +641,8 @@ def make_pqn(root, label, seed, parameters, **args):
     run = json.loads((folder / "run.json").read_text())
     run |= {"script": "pqn_moe" if "moe" in args else "pqn", "parameters": parameters}
     (folder / "run.json").write_text(json.dumps(run))
+    head, *rows = (folder / "eval.csv").read_text().splitlines()
+    write_csv(folder / "eval.csv", f"{head},dormant,rank", [f"{row},{seed / 8},{64 * seed}" for row in rows])
 
 
 def test_a_page_of_pqn_from_a_part_of_its_runs(tmp_path, monkeypatch):
@@ -652,7 +654,9 @@ def test_a_page_of_pqn_from_a_part_of_its_runs(tmp_path, monkeypatch):
         make_pqn(tmp_path, "pqn", seed, 134_000, game="asterix")
     plot.main(tmp_path)
     page, front = ((tmp_path / name).read_text() for name in ("MinAtar.md", "README.md"))
-    assert "| pqn | 3 | greedy | 1,250 (625 to 1,875) |" in page and "figures/MinAtar-PQN-asterix.png" in page
+    assert "| pqn | 3 | epsilon-greedy | 1,260 (635 to 1,885) |" in page  # of the stochastic policy
+    assert "| 134,000 | 0.25 (0.12 to 0.38) | 1.00 (0.50 to 1.50) |" in page  # ranks 64, 128, 192 of 128
+    assert "greedy return" in page and "figures/MinAtar-PQN-asterix.png" in page
     assert "| label | seeds |\n" not in page  # nothing to say of the policies
     assert "MinAtar-PQN.png" not in page + front  # one point compares nothing
     moe = {"game": "asterix", "num_experts": 4}
@@ -669,8 +673,14 @@ def test_a_page_of_pqn_from_a_part_of_its_runs(tmp_path, monkeypatch):
     handles, names = axis.get_legend_handles_labels()
     xs = {name: list(handle.get_xdata()) for name, handle in zip(names, handles, strict=True)}
     assert xs["plain network, times as wide"] == [134_000, 530_000]
-    assert xs["Soft MoE, experts"] == [20_000, 70_000] and xs["tokens without experts"] == [9_000]
+    assert xs["Soft MoE, experts"] == [20_000, 70_000] and xs["tokens, one MLP for all"] == [9_000]
     assert [text.get_text() for text in axis.texts] == ["1", "4", "1", "4", ""]
+    ranks = {
+        label: measures.of(part, "rank / width")[""].iloc[0] for label, part in reading.read(tmp_path).by_label.items()
+    }
+    assert ranks == {"pqn": 1 / 2, "pqn_moe-wide4": 1 / 8} | dict.fromkeys(
+        ("pqn_moe-soft1", "pqn_moe-soft4", "pqn_moe-tokens"), 1 / 16
+    )
 
 
 def test_many_labels_are_drawn_without_bands_and_more_without_seeds(tmp_path):
