@@ -322,8 +322,8 @@ SUITES |= {
 
 
 # The second paper's agents on three MinAtar games that share no input: a block of channels for each, its own actions.
-# 375 rollouts, of each game 125, and twelve evaluations equally far apart, the fourth and the eighth at a switch.
-MINATAR_OWN = "--num-experts 3 --total-timesteps 3024000 --eval-every 252000 --num-threads 1"
+# 375 rollouts, of each game 125, and 24 evaluations equally far apart, the eighth and the sixteenth at a switch.
+MINATAR_OWN = "--num-experts 3 --total-timesteps 3024000 --eval-every 126000 --num-threads 1"
 GAMES = ("space_invaders", "breakout", "asterix")
 BOTH = ("multitask", "continual")
 
@@ -344,7 +344,7 @@ def minatar_own(
 
 
 MAIN_KINDS = {kind: kind for kind in ("baseline", "softmoe-big", "hardcoded-big")}
-PARTS_IN = ("multitask",)  # the protocol in which MAIN_KINDS differ more, once they are run
+PARTS_IN = ("multitask",)  # the protocol in which MAIN_KINDS differ more, once they are run; claims.toml names it, too
 SUITES |= {
     "minatar-own-a": [
         minatar_own(BOTH, MAIN_KINDS, 6),
@@ -386,7 +386,7 @@ SUITES |= {
     "minatar-own-d": [  # the constants by which a return is divided
         Suite(
             "MinAtar-own",
-            "--total-timesteps 1008000 --num-threads 1 --actor-moe baseline --critic-moe baseline",
+            "--total-timesteps 1008000 --eval-every 126000 --num-threads 1 --actor-moe baseline --critic-moe baseline",
             range(1, 4),
             {f"alone-{game}": f"ppo_moe_multitask --tasks {game}" for game in GAMES},
         )

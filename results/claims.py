@@ -124,7 +124,8 @@ def relative_return(values: pd.DataFrame, data: Data, folder: str) -> pd.DataFra
 
     The label of that agent is `alone-` and the task.
     """
-    alone = [data.of(folder.partition("/")[0], f"alone-{task.replace(' ', '_')}") for task in values]
+    folder = folder.partition("/")[0].removesuffix("-reversed")  # the order of the tasks is nothing to them
+    alone = [data.of(folder, f"alone-{task.replace(' ', '_')}") for task in values]
     if len(alone) < 2 or not all(len(agent.runs) for agent in alone):
         return values
     constants = [measures.of(agent, "return at the end").iloc[:, 0].mean() for agent in alone]

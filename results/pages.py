@@ -65,7 +65,7 @@ def environment(name: str, data: Data, figures: Path) -> str:
     for folder in folders:
         part = data.of(folder)
         lines += [f"## {folder}", "", *by_hand(folder)]
-        lines += several_tasks(part, figures) if part.tasks() else one_task(part, figures)
+        lines += several_tasks(part, data, figures) if part.tasks() else one_task(part, figures)
     return "\n".join([*lines, *published(name, data), *provenance(data)])
 
 
@@ -201,8 +201,11 @@ def gait(data: Data) -> list[str]:
     return markdown(rows)
 
 
-def several_tasks(data: Data, figures: Path) -> list[str]:
-    """The section of a folder whose runs have several tasks: protocol by protocol, architecture by architecture."""
+def several_tasks(data: Data, every: Data, figures: Path) -> list[str]:
+    """The section of a folder whose runs have several tasks: protocol by protocol, architecture by architecture.
+
+    In the runs of `every`, the whole page's, are those of agents alone on a task.
+    """
     folder, lines = data.folder(), []
     runs = data.runs.assign(protocol=[args["protocol"] for args in data.runs.args])
     for protocol in sorted(runs.protocol.unique(), reverse=True):
@@ -220,7 +223,7 @@ def several_tasks(data: Data, figures: Path) -> list[str]:
                 lines += picture(figures / f"{name}-routers.png", f"{title}, routers", "routers")
         each = list(part.by_label.values())
         lines += [f"Evaluated policy: {', '.join(dict.fromkeys(map(policy_name, each)))}.", ""]
-        lines += markdown([tasks_learned(group, data, folder) for group in each])
+        lines += markdown([tasks_learned(group, every, folder) for group in each])
         if protocol == "continual":
             lines += markdown([forgotten(group) for group in each])
         lines += markdown([networks(group) for group in each])

@@ -565,6 +565,34 @@ def test_parameters_are_counted(sac_moe, ppo_moe):
     assert counted == {"total": total, "active": total}
 
 
+def test_actor_and_critic_have_an_architecture_each(either):
+    for actor, critic in (("big", "baseline"), ("baseline", "middle"), ("final", "big")):
+        args = either.Args(actor_moe=actor, critic_moe=critic, num_experts=3)
+        agent = either.Agent(args) if either.SCRIPT.startswith("ppo") else either.Agent(5, 2, args)
+        for network_, architecture in ((agent.actor, actor), (agent.critic, critic)):
+            found = [m.phi.shape[0] for m in mixtures(network_)]
+            assert bool(found) == (architecture != "baseline"), (actor, critic)
+            if architecture == "big":
+                assert all(len(list(m.experts[0].modules())) > 4 for m in mixtures(network_))
+
+
+def test_a_router_begins_nearly_undecided(ppo_moe):
+    """Which is what a router that is never trained stays at."""
+    net, obs = ppo_moe.Network(14, 6, 1.0, "big", ppo_moe.Args(num_experts=3)), torch.rand(64, 10, 10, 14) < 0.02
+    w = net.layers[0].weights(obs.float(), torch.zeros(64, dtype=torch.long))
+    assert 0.15 < w.min() and w.max() < 0.6 and w.std() > 0.005
+
+
+def test_every_epoch_takes_each_row_once_in_an_order_of_its_own(ppo_moe, monkeypatch):
+    args, taken = ppo_moe.Args(update_epochs=3, num_minibatches=4), []
+    monkeypatch.setattr(ppo_moe, "update", lambda _, batch, __: taken.append(batch.obs) or {})
+    rows = torch.arange(32)
+    ppo_moe.learn(None, ppo_moe.Batch(*[rows] * len(ppo_moe.Batch._fields)), args)
+    assert [len(rows) for rows in taken] == [8] * 12
+    orders = [torch.cat(taken[i : i + 4]).tolist() for i in (0, 4, 8)]
+    assert all(sorted(order) == list(range(32)) != order for order in orders) and orders[0] != orders[1] != orders[2]
+
+
 @pytest.mark.parametrize("architecture", ["middle", "all", "big"])
 def test_match_params_matches_the_baseline(sac_moe, ppo_moe, architecture):
     """Up to rounding, the routers, and biases and borders of the experts; also on the 352 inputs of four Humanoids."""

@@ -476,6 +476,10 @@ def test_returns_of_several_games_are_raw_until_there_are_agents_alone(tmp_path,
         make_run_of_tasks(tmp_path, f"alone-{task}", 1, (), tasks=[task], protocol="multitask", constant=constant)
     (row,) = claims.decide(reading.read(tmp_path), tmp_path)  # means of areas: 2187.5 and 2188.5, 937.5 and 938.5
     assert row["numbers"].startswith("3.28 and 1.41, difference +1.88")
+    data = reading.read(tmp_path)  # the same agents alone stand for the reversed order of the tasks
+    values = measures.of(data.of("Games", "multitask-mix"), "area")
+    reversed_, given = (claims.relative_return(values, data, name) for name in ("Games-reversed/continual", "Games"))
+    assert reversed_.equals(given) and given.shape == (2, 1)
 
 
 def test_the_committed_claims_are_complete(monkeypatch):
@@ -489,6 +493,9 @@ def test_the_committed_claims_are_complete(monkeypatch):
     words = ("gating", "options", "Gumbel", "score ratio", "t-SNE", "noise", "explores", "six MuJoCo", "Final and All")
     for word in (*words, "dormant", "Hardcoded", "order of the tasks", "router", "parameters", "value-based"):
         assert any(word in row["claim"] for row in rows), word
+    parts = [row for row in rows if {"baseline-wide", "softmoe-big-frozen", "softmoe-big-critic"} & {row.get("other")}]
+    assert {tuple(row["folders"]) for row in parts} == {tuple(f"MinAtar-own/{p}" for p in benchmark.PARTS_IN)}
+    assert len(parts) == 3
     text = claim() * (claims.MOST_TESTED + 1)
     monkeypatch.setattr(claims, "tomllib", SimpleNamespace(loads=lambda _, loads=claims.tomllib.loads: loads(text)))
     with pytest.raises(ValueError, match="13 tested claims of P, at most 12"):
