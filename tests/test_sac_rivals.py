@@ -293,6 +293,34 @@ def test_all_experts_share_one_noise(name, same_noise):  # noqa: F811
     torch.testing.assert_close(log_prob, density.sum(1))
 
 
+@pytest.mark.parametrize("name", AVERAGING)
+def test_gate_and_experts_minimise_the_loss_of_sac(name, same_noise):  # noqa: F811
+    """With several experts: the gradients of update() against those of sample()."""
+    script, flags = script_and_flags(name)
+    args = script.Args(num_experts=3, **flags)
+    agent, batch = script.Agent(3, 2, args), make_batch(script, 32)
+    actor = deepcopy(agent.actor)
+    same_noise()
+    script.update(agent, batch, args)
+    same_noise()
+    torch.randn_like(batch.action)  # the draw of the critic's target
+    action, log_prob = actor.sample(batch.obs)
+    (args.alpha_init * log_prob - agent.critic(batch.obs, action).amin(0)).mean().backward()
+    for (key, found), expected in zip(agent.actor.named_parameters(), actor.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-7, msg=key)
+
+
+@pytest.mark.parametrize("name", ["sac", *AVERAGING])
+def test_policies_of_one_gaussian(name):
+    script, flags = script_and_flags(name)
+    actor, obs = script.Actor(3, 2, script.Args(**flags)), torch.randn(5, 3)
+    assert torch.equal(actor.act(obs, "deterministic"), actor(obs)[0].tanh())
+    torch.manual_seed(0)
+    action = actor.act(obs, "stochastic")
+    torch.manual_seed(0)
+    assert torch.equal(action, actor.sample(obs)[0])
+
+
 def test_average_by_hand(gating):
     torch.manual_seed(0)
     actor = gating.Actor(3, 2, gating.Args(num_experts=3)).double()
@@ -336,13 +364,6 @@ def test_first_standard_deviation_is_about_one(mcp, num_experts, gate):
     torch.manual_seed(0)
     std = mcp.Actor(11, 2, mcp.Args(num_experts=num_experts, gate=gate))(torch.randn(200, 11))[1].exp()
     assert std.mean().item() == pytest.approx(1, abs=0.1) and std.min() > 0.7 and std.max() < 1.4
-
-
-def test_composite_is_clamped(mcp):
-    actor = mcp.Actor(3, 2, mcp.Args())
-    for value, bound in ((-30.0, -5.0), (30.0, 2.0)):
-        actor.head.bias.data.view(2, -1)[1] = value
-        assert (actor(torch.randn(5, 3))[1] == bound).all()
 
 
 @pytest.mark.parametrize("name", ["sac_gmm", *AVERAGING])
