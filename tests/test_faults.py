@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -223,6 +224,17 @@ def test_seeds_fit_an_int32_and_those_of_evaluation_are_others(base, tmp_path, m
     train(base, tmp_path / "run", env_id="Probe-v0", seed=2**31 - 1)
     halves = {seed >= 2**30 for seed in seeds}
     assert halves == {True, False} and max(seeds) < 2**31 and min(seeds) >= 0
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_every_episode_of_an_evaluation_has_a_seed_of_its_own(base, seed, monkeypatch):
+    args, seeds, reset = base.Args(env_id="Probe-v0", eval_episodes=3, seed=seed), [], Probe.reset
+    env, agent = base.Env(args, evaluation=True), SimpleNamespace(act=lambda *_: np.zeros(1, np.float32))
+    monkeypatch.setattr(Probe, "reset", lambda self, seed=None, **_: seeds.append(seed) or reset(self, seed=seed))
+    for _ in range(2):
+        seeds.clear()
+        base.evaluate(agent, env, args, 0, "deterministic")
+        assert seeds == [2**30 + 100_003 * seed + i for i in range(3)]
 
 
 @pytest.mark.parametrize("when", [{"late_nan": [False] * 12 + [True]}, {"bad_seed": 100_004}])

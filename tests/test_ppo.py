@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ALGOS
+from conftest import ALGOS, load
 from processes import Started
 from test_sac import NoSynchronisation
 from test_training import Strange, flags
@@ -111,6 +111,16 @@ def test_rollout_has_the_last_observation_and_both_masks(ppo, terminates, asynch
         assert rollout.discounted[:, i].tolist() == [1, 1.5, 1, 1.5, 1]
     assert episodes == [(2, 2)] * 6
     assert sampler.obs.tolist() == [[1.0]] * 3
+
+
+def test_every_environment_and_step_has_noise_of_its_own(ppo):
+    args = ppo.Args(env_id="PPOTwoStepsTrue-v0", num_envs=3, num_steps=5)
+    agent, envs = ppo.Agent(1, 1, args), ppo.make_envs(args)
+    agent.actor.mean.w.data.zero_()
+    sampler = ppo.Sampler(envs, args)
+    sampler.reset(0)
+    assert len(torch.cat([sampler.rollout(agent)[0].action for _ in range(2)]).unique()) == 30
+    envs.close()
 
 
 class NothingChanges(TwoSteps):
@@ -262,6 +272,26 @@ def test_scaled_rewards_are_clipped_at_ten(ppo):
     assert target[0].item() == pytest.approx(1, abs=0.01)
 
 
+def test_advantages_of_a_rollout_by_hand(ppo):
+    """A time limit after the second of three steps: what counts is V of its last observation, not of the next row.
+    The scale of the rewards has this rollout in it, the moments of the observations do not."""
+    args = ppo.Args(gamma=0.9, gae_lambda=0.7)
+    torch.manual_seed(0)
+    agent = ppo.Agent(3, 2, args).double()
+    agent.actor.normalize.update(2 + 3 * torch.randn(50, 3))
+    obs, after = torch.randn(2, 3, 1, 3, dtype=torch.float64)
+    after[0] = obs[1]
+    reward, zero = torch.tensor([[1.0], [-2.0], [3.0]], dtype=torch.float64), torch.zeros(3, 1, dtype=torch.float64)
+    done, discounted = torch.tensor([[0.0], [1.0], [0.0]], dtype=torch.float64), 5 * torch.randn(3, 1)
+    value, following = (agent.actor(agent.actor.normalize(x[:, 0]))[-1].detach() for x in (obs, after))
+    rollout = ppo.Rollout(obs, torch.zeros(3, 1, 2), reward, zero, done, after, discounted)
+    batch = ppo.prepare(agent, rollout, args)
+    delta = reward[:, 0] / discounted.double().std(correction=0) + 0.9 * following - value
+    expected = torch.stack([delta[0] + 0.63 * delta[1], delta[1], delta[2]])
+    torch.testing.assert_close(batch.advantage, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(batch.target, expected + value, rtol=1e-5, atol=1e-5)
+
+
 def test_kl_and_clipped_share_by_hand(ppo, monkeypatch):
     log_ratio = torch.tensor([0.0, 0.1, -0.1, 0.5, -0.5, 0.25, -0.25, 0.15]).repeat(2)
     monkeypatch.setattr(ppo, "update", lambda *_: {"log_ratio": log_ratio})
@@ -306,6 +336,25 @@ def test_trunks_equal_two_plain_networks(ppo):
         torch.testing.assert_close((x @ head.w + head.b).squeeze(1) if i else x @ head.w + head.b, output)
         torch.testing.assert_close(t.w2[i] @ t.w2[i].T, 2 * torch.eye(64), atol=1e-4, rtol=0)  # gain sqrt(2)
     torch.testing.assert_close(actor.mean.w.T @ actor.mean.w, 1e-4 * torch.eye(2), atol=1e-7, rtol=0)
+
+
+GAINS = {"w1": 2**0.5, "w2": 2**0.5, "mean": 0.01, "beta": 0.01, "gate": 0.01, "value": 1.0, "q": 1.0, "layers": 2**0.5}
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_pmoe", "ppo_gating", "ppo_mcp", "ppo_dac"])
+def test_gains_of_the_first_weights(name):
+    script = load(name)
+    torch.manual_seed(0)
+    for key, weight in script.Agent(3, 2, script.Args()).named_parameters():
+        *_, part, last = key.replace("layers.6", "value").split(".")
+        if "layers" in key and "layers.6" not in key:
+            part = "layers"
+        if last.startswith("b") or (last == "log_std" and name != "ppo_mcp"):  # ppo_mcp.py's has a test of its own
+            assert not weight.any(), key
+        elif last != "log_std":
+            gain = GAINS[last if last in GAINS else part]
+            singular = torch.linalg.svdvals(weight)
+            torch.testing.assert_close(singular, torch.full_like(singular, gain), rtol=1e-3, atol=1e-5, msg=key)
 
 
 def textbook_loss(agent, batch, args):
@@ -365,6 +414,27 @@ def test_kl_stops_the_passes(ppo_script, monkeypatch):
     assert len(ratios) == 4 + 2 and metrics["policy/kl"] > 1e-6  # the first pass starts with no distance at all
 
 
+@pytest.mark.parametrize("name", ["ppo", "ppo_dac"])
+def test_kl_is_that_of_the_whole_last_pass_and_stops_at_its_target(name, monkeypatch):
+    """Neither that of one minibatch nor of the passes before; the policy moves on with every minibatch."""
+    script, calls = load(name), []
+
+    def update(*_):
+        calls.append(0.03 * len(calls))
+        return {"log_ratio": torch.full((16,), calls[-1])}
+
+    monkeypatch.setattr(script, "update", update)
+    kl = [sum(math.exp(x) - 1 - x for x in (0.03 * (4 * i + j) for j in range(4))) / 4 for i in range(3)]
+    clipped = [0.0, 0.25, 1.0]  # above log 1.2 = 0.18
+    for target, passes in ((None, 3), (1.01 * kl[1], 3), (0.99 * kl[1], 2), (0.99 * kl[0], 1)):
+        calls.clear()
+        args = script.Args(num_minibatches=4, update_epochs=3, target_kl=target)
+        metrics = learned(script, columns(script), args)
+        assert len(calls) == 4 * passes
+        assert metrics["policy/kl"].item() == pytest.approx(kl[passes - 1], rel=1e-3)
+        assert metrics["policy/clipped"].item() == clipped[passes - 1]
+
+
 def test_minibatches_take_every_row_once_and_normalise_their_advantages(ppo, monkeypatch):
     args = ppo.Args(num_minibatches=4, update_epochs=2)
     batch, seen = make_batch(ppo), []
@@ -380,6 +450,32 @@ def test_minibatches_take_every_row_once_and_normalise_their_advantages(ppo, mon
         advantage = batch.advantage[rows]
         assert torch.equal(minibatch.obs, batch.obs[rows])
         torch.testing.assert_close(minibatch.advantage, (advantage - advantage.mean()) / (advantage.std() + 1e-8))
+
+
+def learned(script, batch, args):
+    """learn(), or of ppo_dac.py its counterpart for one MDP."""
+    if script.SCRIPT == "ppo_dac":
+        return script.passes(None, batch, args, "low", args.update_epochs)
+    return script.learn(None, batch, args)
+
+
+def columns(script):
+    """make_batch(), for ppo_dac.py with options as well."""
+    obs, action, *others = make_batch(type("Script", (), {"Batch": staticmethod(lambda *columns: columns)}))
+    zero = torch.zeros(64, dtype=torch.long)
+    options = (zero, zero, torch.ones(64, 4) / 4) if script.SCRIPT == "ppo_dac" else ()
+    return script.Batch(obs, action, *options, *others)
+
+
+@pytest.mark.parametrize("name", ["ppo", "ppo_dac"])
+def test_every_pass_shuffles_anew(name, monkeypatch):
+    script, seen = load(name), []
+    zero = {"log_ratio": torch.zeros(16)}
+    monkeypatch.setattr(script, "update", lambda agent, minibatch, *_: seen.append(minibatch.target) or dict(zero))
+    batch = columns(script)
+    learned(script, batch, script.Args(num_minibatches=4, update_epochs=2))
+    orders = batch.target, torch.cat(seen[:4]), torch.cat(seen[4:])
+    assert not any(torch.equal(orders[i], orders[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
 
 # Moments

@@ -83,6 +83,15 @@ def test_the_last_noise_alone_chooses_the_expert(ppo_pmoe):
     torch.testing.assert_close(actor.sample(obs, noise)[1], mean[:, 6], rtol=0, atol=0)
 
 
+def test_every_dimension_has_noise_of_its_own(ppo_pmoe):
+    actor = make_actor(ppo_pmoe)
+    obs, noise = torch.randn(2, 50, 3, dtype=torch.float64)
+    mean, log_w, _ = actor(obs)
+    k = (log_w.exp().cumsum(1) < torch.special.ndtr(noise[:, 2:])).sum(1)
+    expected = mean[torch.arange(50), k] + actor.log_std[k].exp() * noise[:, :2]
+    torch.testing.assert_close(actor.sample(obs, noise)[1], expected)
+
+
 def test_the_deterministic_action_is_the_mean_of_the_likeliest_expert(ppo_pmoe):
     actor = make_actor(ppo_pmoe)
     obs = torch.randn(50, 3, dtype=torch.float64)
@@ -184,6 +193,20 @@ def test_frequency_leaves_the_gate_to_its_own_loss(ppo_pmoe, monkeypatch):
         assert not torch.equal(one["mean.w"], two["mean.w"])
 
 
+def test_frequency_leaves_the_gate_out_of_the_entropy_bonus(ppo_pmoe, monkeypatch):
+    for gate_gradient in ("frequency", "both"):
+        found = []
+        for ent_coef in (0.0, 1.0):
+            args = ppo_pmoe.Args(num_experts=4, gate_gradient=gate_gradient, ent_coef=ent_coef)
+            torch.manual_seed(0)
+            agent, batch = ppo_pmoe.Agent(3, 2, args), make_batch(ppo_pmoe)
+            agent.actor.mean.b.data.normal_()
+            found.append(gradients(ppo_pmoe, agent, batch, args, monkeypatch)[0])
+        for name in ("gate.w", "gate.b"):
+            assert torch.equal(found[0][name], found[1][name]) == (gate_gradient == "frequency")
+        assert not torch.equal(found[0]["log_std"], found[1]["log_std"])
+
+
 def test_apart_the_frequencies_have_an_adam_of_their_own(ppo_pmoe):
     """One step of all as without the frequencies, then one of the gate on their loss, summed over K."""
     agents = {}
@@ -224,6 +247,27 @@ def test_gate_learns_the_frequency_of_winning(ppo_pmoe, monkeypatch):
         ppo_pmoe.update(agent, batch, args)
     expected = 0.5 * (1 + math.erf(0.5 / math.sqrt(2)))
     assert actor(torch.zeros(1, 1))[1].exp()[0, 0].item() == pytest.approx(expected, abs=0.02)
+
+
+def test_two_processes_draw_for_the_gate_what_one_draws(ppo_pmoe, monkeypatch):
+    args = ppo_pmoe.Args(num_experts=4)
+    torch.manual_seed(0)
+    agent, batch = ppo_pmoe.Agent(3, 2, args), make_batch(ppo_pmoe)
+    for optimizer in agent.optimizers:
+        monkeypatch.setattr(optimizer, "descend", lambda loss: None)
+
+    def wins(first, last):
+        torch.manual_seed(1)
+        metrics = ppo_pmoe.update(agent, ppo_pmoe.Batch(*(x[first:last] for x in batch)), args)
+        return torch.stack([metrics[f"moe/wins_{k}"] for k in range(4)])
+
+    one, parts = wins(0, 64), []
+    monkeypatch.setattr(ppo_pmoe, "WORLD", 2)
+    for rank in range(2):
+        monkeypatch.setattr(ppo_pmoe, "RANK", rank)
+        parts.append(wins(32 * rank, 32 * rank + 32))
+    torch.testing.assert_close(sum(parts) / 2, one)
+    assert not torch.equal(*parts)
 
 
 def test_q_learns_the_return_of_the_action_taken(ppo_pmoe):

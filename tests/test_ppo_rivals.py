@@ -1,5 +1,6 @@
 """The mathematics of PPO's rivals of PMOE: average (ppo_gating.py), product (ppo_mcp.py) and options (ppo_dac.py)."""
 
+import itertools
 import math
 
 import numpy as np
@@ -246,6 +247,21 @@ def test_density_of_the_option_and_its_entropy(dac):
     torch.testing.assert_close(actor.entropy(option), policy.entropy().mean())
 
 
+@pytest.mark.parametrize("name", [*AVERAGING, "ppo_dac"])
+def test_nothing_in_an_actor_is_detached(name):
+    """Automatic differentiation of everything that forward() returns against finite differences."""
+    actor = make_options(load(name))[0].actor if name == "ppo_dac" else make_actor(name)[1]
+    names = ["mean.b3", "beta.b3", "gate.b3", "q.b3"] if name == "ppo_dac" else ["mean.b", "gate.b", "log_std"]
+    obs = torch.randn(4, 3, dtype=torch.float64)
+    former = (torch.tensor([-1, 0, 1, 2]),) if name == "ppo_dac" else ()
+
+    def outputs(*weights):
+        return torch.func.functional_call(actor, dict(zip(names, weights, strict=True)), (obs, *former))
+
+    weights = [actor.get_parameter(key).detach().clone().requires_grad_() for key in names]
+    assert torch.autograd.gradcheck(outputs, weights)
+
+
 def test_batched_networks_are_plain_ones(dac):
     network, obs = dac.MLPs(3, 5, 2, gain=1.0), torch.randn(7, 5)
     for i in range(3):
@@ -273,6 +289,15 @@ def test_how_each_mode_acts(dac):
         torch.testing.assert_close(rows.mean(0), means[k], rtol=0, atol=0.06)
         torch.testing.assert_close(rows.std(0), actor.log_std[k].exp(), rtol=0.05, atol=0)
     assert clipped.abs().max() == 1
+
+
+def test_every_dimension_of_an_option_has_noise_of_its_own(dac):
+    actor = make_options(dac)[0].actor
+    obs, noise = torch.randn(2, 50, 3, dtype=torch.float64)
+    former = torch.arange(50) % 4 - 1
+    option = (actor.high(obs, former).exp().cumsum(1) < torch.special.ndtr(noise[:, 2:])).sum(1)
+    expected = actor.mean(obs)[torch.arange(50), option] + actor.log_std[option].exp() * noise[:, :2]
+    torch.testing.assert_close(actor.sample(obs, noise, former)[1][:, :2], expected)
 
 
 # Options: who remembers what
@@ -390,6 +415,37 @@ def test_both_ratios_are_one_before_the_first_step(dac, monkeypatch):
     assert orders == {("high", "low"), ("low", "high")}
 
 
+def test_each_mdp_stops_by_itself(dac, monkeypatch):
+    """A policy that has moved too far ends its own passes and not those of the other."""
+    agent, args = make_options(dac, dtype=torch.float32, num_minibatches=4, update_epochs=6, target_kl=0.01)
+    obs, action, log_prob, *others = make_batch(ppo_like(dac))
+    option = torch.arange(64) % 3
+    two = (torch.stack([x, x], 1) for x in (log_prob, *others))
+    batch, calls = dac.Batch(obs, action, option - 1, option, torch.ones(64, 3) / 3, *two), []
+    for seed, far in itertools.product(range(4), dac.MDPS):  # in either order
+        torch.manual_seed(seed)
+        calls.clear()
+
+        def update(agent, batch, args, mdp, far=far):
+            calls.append(mdp)
+            return {"log_ratio": torch.full((16,), float(mdp == far))}
+
+        monkeypatch.setattr(dac, "update", update)
+        dac.learn(agent, batch, args)
+        assert [calls.count(mdp) for mdp in dac.MDPS] == [4 if mdp == far else 12 for mdp in dac.MDPS]
+
+
+@pytest.mark.parametrize(("high_epochs", "expected"), [(None, (2, 3)), (0, (0, 5)), (1, (1, 4)), (4, (4, 1))])
+def test_passes_of_each_mdp(dac, high_epochs, expected, monkeypatch):
+    agent, args = make_options(dac, dtype=torch.float32, update_epochs=5, high_epochs=high_epochs)
+    found = {}
+    monkeypatch.setattr(dac, "passes", lambda agent, batch, args, mdp, epochs: found.update({mdp: epochs}) or {})
+    obs, action, *others = make_batch(ppo_like(dac))
+    two, option = (torch.stack([x, x], 1) for x in others), torch.arange(64) % 3
+    dac.learn(agent, dac.Batch(obs, action, option - 1, option, torch.ones(64, 3) / 3, *two), args)
+    assert found == {mdp: epochs for mdp, epochs in zip(dac.MDPS, expected, strict=True) if epochs}
+
+
 def test_one_option_without_high_epochs_is_ppo(ppo, dac):
     """Whole rollouts: the same densities, advantages and weights, if no gradient is so long that it is clipped."""
     settings = dict(env_id="PPOVector-v0", num_envs=4, num_steps=32, num_minibatches=4, learning_rate=1e-3)
@@ -456,6 +512,16 @@ def test_gradients_of_options_equal_the_textbook(dac, mdp, monkeypatch):
         if learns:
             torch.testing.assert_close(fast[key], parameter.grad, rtol=1e-3, atol=1e-6, msg=key)
     torch.testing.assert_close(metrics["losses/critic"], (value - batch.target).square().mean().detach())
+
+
+def test_every_weight_of_options_learns(dac):
+    agent, args = make_options(dac, dtype=torch.float32)
+    obs, action, *others = make_batch(ppo_like(dac))
+    batch = dac.Batch(obs, action, torch.arange(64) % 4 - 1, torch.arange(64) % 3, torch.ones(64, 3) / 3, *others)
+    before = {key: weight.clone() for key, weight in agent.named_parameters()}
+    for mdp in dac.MDPS:
+        dac.update(agent, batch, args, mdp)
+    assert not [key for key, weight in agent.named_parameters() if torch.equal(weight, before[key])]
 
 
 def ppo_like(dac):
