@@ -560,7 +560,7 @@ def test_an_evaluation_that_a_signal_cuts_short_is_made_on_resume(script, finish
 
 
 def test_a_finished_run_can_be_made_longer(pqn, tmp_path):
-    words = [*flags(**TINY, exploration_fraction=1e-9), "--no-anneal-lr"]  # both would follow the length
+    words = [*flags(**TINY | dict(exploration_fraction=1e-9)), "--no-anneal-lr"]  # both would follow the length
     run = pqn.main([*words, "--run-dir", str(tmp_path / "run"), "--total-timesteps", "250"])
     saved = torch.load(run / "checkpoint.pt", weights_only=True)  # a signal cut its last evaluation short
     torch.save(saved | {"owed": {"dormant": 0.0, "rank": 1}}, run / "checkpoint.pt")

@@ -260,6 +260,7 @@ def recount(folder):
     """Area and last value of an eval.csv, and area of training, without pandas."""
     rows = list(csv.DictReader(open(folder / "eval.csv")))
     policy = "gate" if any(row["policy"] == "gate" for row in rows) else "deterministic"
+    policy = "stochastic" if "PQN" in str(folder) else policy
     rows, training = [row for row in rows if row["policy"] == policy], math.nan
     first = json.loads((folder / "run.json").read_text())["args"].get("learning_starts", 0)
     learned = [float(row["return"]) for row in rows if int(row["global_step"]) > first]
