@@ -161,7 +161,8 @@ def policy(data: Data) -> dict[str, str]:
     for name in ("sigma", "temperature", "distance of two experts", "entropy of the gate", "KL per rollout", "clipped"):
         row[name] = cell(data, name)
     row["cells seen"] = cell(data, "cells seen") if has_cells(data) else "-"
-    ways = measures.of(data, "ways") if (data.paths.panel == "stochastic").any() else []
+    flown = (data.paths.panel == "stochastic").any() and data.sides.empty  # sides.csv knows the sides from 100 episodes
+    ways = measures.of(data, "ways") if flown else []
     row["seeds that keep both ways"] = f"{int((ways == 2).sum().iloc[0])} of {len(ways)}" if len(ways) else "-"
     return row
 
