@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from conftest import check_shuffling
 
 ARCHITECTURES = ("middle", "final", "all", "big")
 NARROW = ("CartPole-v1",)  # tasks are only counted here
@@ -584,13 +585,7 @@ def test_a_router_begins_nearly_undecided(ppo_moe):
 
 
 def test_every_epoch_takes_each_row_once_in_an_order_of_its_own(ppo_moe, monkeypatch):
-    args, taken = ppo_moe.Args(update_epochs=3, num_minibatches=4), []
-    monkeypatch.setattr(ppo_moe, "update", lambda _, batch, __: taken.append(batch.obs) or {})
-    rows = torch.arange(32)
-    ppo_moe.learn(None, ppo_moe.Batch(*[rows] * len(ppo_moe.Batch._fields)), args)
-    assert [len(rows) for rows in taken] == [8] * 12
-    orders = [torch.cat(taken[i : i + 4]).tolist() for i in (0, 4, 8)]
-    assert all(sorted(order) == list(range(32)) != order for order in orders) and orders[0] != orders[1] != orders[2]
+    check_shuffling(ppo_moe, monkeypatch)
 
 
 @pytest.mark.parametrize("architecture", ["middle", "all", "big"])

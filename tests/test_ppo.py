@@ -27,6 +27,21 @@ def make_batch(module, batch_size=64, obs_dim=3, action_dim=2, seed=0):
     return module.Batch(obs, action, 0.3 * log_prob - 2.5, advantage, target)
 
 
+def learned(script, batch, args):
+    """learn(), or of ppo_dac.py its counterpart for one MDP."""
+    if script.SCRIPT == "ppo_dac":
+        return script.passes(None, batch, args, "low", args.update_epochs)
+    return script.learn(None, batch, args)
+
+
+def columns(script):
+    """make_batch(), for ppo_dac.py with options as well."""
+    obs, action, *others = make_batch(type("Script", (), {"Batch": staticmethod(lambda *columns: columns)}))
+    zero = torch.zeros(64, dtype=torch.long)
+    options = (zero, zero, torch.ones(64, 4) / 4) if script.SCRIPT == "ppo_dac" else ()
+    return script.Batch(obs, action, *options, *others)
+
+
 def run(module, folder, **changes):
     """A short run of `module` in this process; returns its agent's tensors."""
     settings = dict(env_id="Pendulum-v1", total_timesteps=240, num_envs=4, num_steps=20, num_minibatches=4)
@@ -450,21 +465,6 @@ def test_minibatches_take_every_row_once_and_normalise_their_advantages(ppo, mon
         advantage = batch.advantage[rows]
         assert torch.equal(minibatch.obs, batch.obs[rows])
         torch.testing.assert_close(minibatch.advantage, (advantage - advantage.mean()) / (advantage.std() + 1e-8))
-
-
-def learned(script, batch, args):
-    """learn(), or of ppo_dac.py its counterpart for one MDP."""
-    if script.SCRIPT == "ppo_dac":
-        return script.passes(None, batch, args, "low", args.update_epochs)
-    return script.learn(None, batch, args)
-
-
-def columns(script):
-    """make_batch(), for ppo_dac.py with options as well."""
-    obs, action, *others = make_batch(type("Script", (), {"Batch": staticmethod(lambda *columns: columns)}))
-    zero = torch.zeros(64, dtype=torch.long)
-    options = (zero, zero, torch.ones(64, 4) / 4) if script.SCRIPT == "ppo_dac" else ()
-    return script.Batch(obs, action, *options, *others)
 
 
 @pytest.mark.parametrize("name", ["ppo", "ppo_dac"])

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ALGOS, load
+from conftest import ALGOS, check_shuffling, load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 from test_training import NO_GPU, flags, model, same, start
@@ -230,12 +230,7 @@ def test_update_is_half_the_squared_error_of_the_action_taken(pqn):
 
 
 def test_every_pass_takes_each_row_once_in_an_order_of_its_own(pqn, monkeypatch):
-    args, taken = pqn.Args(update_epochs=3, num_minibatches=4), []
-    monkeypatch.setattr(pqn, "update", lambda _, batch, __: taken.append(batch.target) or {})
-    pqn.learn(None, pqn.Batch(torch.zeros(32), torch.zeros(32), torch.arange(32)), args)
-    assert [len(rows) for rows in taken] == [8] * 12
-    orders = [torch.cat(taken[i : i + 4]).tolist() for i in (0, 4, 8)]
-    assert all(sorted(order) == list(range(32)) != order for order in orders) and orders[0] != orders[1] != orders[2]
+    check_shuffling(pqn, monkeypatch)
 
 
 def test_the_optimizer_is_radam(script):
