@@ -437,8 +437,9 @@ def check_memory(args: Args, obs_dim: int, action_dim: int):
     if args.device != "cpu":
         rows, memory = args.buffer_size, torch.cuda.mem_get_info(args.device)[1]
     need = {"buffer_size": 4 * (2 * obs_dim + action_dim + 2) * rows}
-    need["num_experts"] = 8192 * k * (action_dim + 256)  # weights, gradients, moments; activations of a usual batch
-    need["batch_size"] = 8192 * args.batch_size * (1 + k)  # hidden units of both critics, forth and back
+    pairs = 16 * k**2 * action_dim  # per state: every expert's density at every expert's action
+    need["num_experts"] = 8192 * k * (action_dim + 256) + 256 * pairs  # weights and their moments; a usual batch
+    need["batch_size"] = args.batch_size * (8192 * (1 + k) + pairs)  # and hidden units of both critics, forth and back
     for name, size in need.items():
         with exit_on_error(f"--{name.replace('_', '-')} {getattr(args, name, None)}", "give less"):
             if size > memory:

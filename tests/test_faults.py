@@ -364,8 +364,9 @@ def test_more_threads_than_the_machine_can_use(base, value, capsys):
     assert f"--num-threads {value}: must lie between 1 and" in refused(base, capsys, num_threads=value)
 
 
-@pytest.mark.parametrize(("flag", "value"), [("batch_size", 10**9), ("num_experts", 10**6)])
-def test_more_than_memory_is_refused(pmoe, tmp_path, flag, value, capsys):
+@pytest.mark.parametrize(("flag", "value"), [("batch_size", 10**9), ("num_experts", 10**6), ("num_experts", 4000)])
+def test_more_than_memory_is_refused(pmoe, tmp_path, flag, value, capsys, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**17)  # pages, bytes: 17 GB; of 4000 experts the pairs take more
     error = refused(pmoe, capsys, run_dir=tmp_path / "run", **{flag: value})
     assert f"--{flag.replace('_', '-')} {value}: would take" in error and "the machine has" in error
     assert not (tmp_path / "run").exists()
