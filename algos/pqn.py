@@ -22,9 +22,9 @@ Then      --resume runs/NAME goes on after Ctrl-C, kill -9 or a crash; --evaluat
 
 MinAtar (Young and Tian 2019, arXiv 1903.03176, a package under GPL-3.0) repeats the previous action with probability
 0.1, offers all six actions in every game and has no time limit but Freeway's: the flags of the second command come near
-these rules. The default is gymnax's rules, under which PQN's curves were published: no action is repeated, a game
+these rules. The default is three rules of gymnax, with which PQN's curves were published: no action is repeated, a game
 offers only the actions that do something in it, and an episode has at most 1,000 steps (Freeway: --time-limit 2500).
-This limit terminates an episode in gymnax and truncates it here.
+This limit terminates an episode in gymnax and truncates it here; gymnax's games differ in other details, too.
 
 What differs from ppo.py, besides the algorithm:
 1. A checkpoint does not end the running episodes. Each has its own seed, made from the run's seed and the episode's
@@ -33,11 +33,11 @@ What differs from ppo.py, besides the algorithm:
    final epsilon (stochastic). Without sticky actions, greedy episodes of Space Invaders are all equal, and those of
    Breakout one of two, for these games have no other chance in them: results are of the second policy.
 3. eval.csv has two more columns, measured on the rollout before the evaluation: see measure().
-As there, a run ends with a whole rollout, and one that is made longer is not the same as one that was longer from the
-start, because the learning rate and epsilon follow the length.
+As in ppo.py, a run ends with a whole rollout, and one that is made longer is not the same as one that was longer from
+the start, because the learning rate and epsilon follow the length.
 Where this differs from the paper's code: 2 million steps, not 10 million; a time limit bootstraps from the last
 observation; pictures are not divided by 255; initialisation and LayerNorm's epsilon are PyTorch's; the learning rate
-falls once per rollout, not per update.
+falls once per rollout, not per update; results are epsilon-greedy, theirs greedy.
 Letters in the shape comments: T steps, N games, B batch, C channels of a game's picture, A actions.
 """
 
@@ -45,6 +45,7 @@ import contextlib
 import dataclasses
 import fcntl
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -110,7 +111,7 @@ class Network(nn.Module):
 
     def __init__(self, channels: int, num_actions: int, args: Args):
         super().__init__()
-        self.conv = nn.Conv2d(channels, 16, 3)  # 10 x 10 -> 8 x 8 cells
+        self.conv = nn.Conv2d(channels, 16, 3)  # 10 x 10 -> 8 x 8 cells; args are for pqn_moe.py
         self.cells = nn.Sequential(nn.LayerNorm(16), nn.ReLU())
         self.middle = nn.Sequential(nn.Flatten(), nn.Linear(64 * 16, 128), nn.LayerNorm(128), nn.ReLU())
         self.head = nn.Linear(128, num_actions)
@@ -149,7 +150,8 @@ def lambda_returns(reward, terminated, truncated, next_value, args: Args) -> tor
     targets, target = [], next_value[-1]
     for t in reversed(range(len(reward))):
         target = torch.where(truncated[t], next_value[t], target)
-        target = reward[t] + args.gamma * ~terminated[t] * next_value[t].lerp(target, args.q_lambda)
+        mix = next_value[t].lerp(target, args.q_lambda)  # lambda G + (1 - lambda) V
+        target = reward[t] + args.gamma * ~terminated[t] * mix
         targets.append(target)
     return torch.stack(targets[::-1])
 
@@ -170,9 +172,9 @@ def rollout(agent: Agent, games: "Games", epsilon: float, args: Args) -> tuple["
 
     # No weight changes during a rollout, so step t + 1 has computed V(s_{t+1}) already, except at truncations
     last_obs = torch.from_numpy(np.stack([*games.obs, *cut.values()]))
-    last_value, *cut_value = agent.act(last_obs, 0)[1].split([args.num_envs] + [1] * len(cut))
-    next_value = torch.cat([value[1:], last_value[None]])
-    for index, v in zip(cut, cut_value, strict=True):
+    last_value = agent.act(last_obs, 0)[1]  # (N + truncations,)
+    next_value = torch.cat([value[1:], last_value[None, : args.num_envs]])  # (T, N)
+    for index, v in zip(cut, last_value[args.num_envs :], strict=True):
         next_value[index] = v
     target = lambda_returns(reward, terminated, truncated, next_value, args)
     return Batch(*(x.flatten(0, 1).to(args.device) for x in (obs, action, target))), episodes
@@ -288,7 +290,7 @@ class Games:
             for action in actions:
                 self.play(i, action)
         if not np.array_equal(self.obs, state["obs"]):
-            raise ValueError("a game does not repeat its own episode, start anew")
+            raise ValueError("a game does not repeat its own episode, as with another version of minatar")
 
 
 def evaluate(agent: Agent, args: Args, step: int, policy: str, watch=lambda games: None) -> dict:
@@ -316,7 +318,8 @@ def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float]:
     """Two columns of eval.csv: how much of the network is in use on the states obs (B, 10, 10, C).
 
     dormant  share of hidden units with E|h_j| <= 0.025 mean_k E|h_k|, k in the same layer (Sokar et al. 2023, arXiv
-             2302.12902); where a layer treats 64 cells alike, a cell is a sample; an expert is a layer
+             2302.12902); where a layer treats 64 cells alike, a cell is a sample; an expert is a layer, all of it
+             dormant where no token comes
     rank     effective rank of what the last layer sees: the least number of singular values, largest first, that sum to
              0.99 of all (Kumar et al. 2021, arXiv 2010.14498)
     Networks of another kind differ in both before they learn anything: compare a network with its own past.
@@ -432,7 +435,7 @@ class Run:
         self.info |= {"wall_time": wall_time, "steps_per_second": self.step / wall_time}
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(x.isfinite().all() for x in state["agent"].values()):
-            raise FloatingPointError("a weight is not finite, the training has diverged and would again")
+            raise FloatingPointError("a weight is not finite, the training has diverged")
         state |= {"owed": self.owed, "eval_rows": self.eval_rows, "rng": [rng.get_state() for rng in self.rngs]}
         write(self.folder / "checkpoint.pt", self.info | state)
         for name in ("model.pt", "policy.pt")[: 1 + (self.step >= self.args.total_timesteps)]:  # Q is the policy
@@ -476,7 +479,7 @@ def write(path: Path, data: bytes | dict):
 SCRIPT, SIGNALS, OPEN = Path(__file__).stem, [], contextlib.ExitStack()  # Ctrl-C or SIGTERM; what main() closes
 LIMITS = {name: (0, 1) for name in ("sticky_actions", "gamma", "q_lambda", "epsilon")}  # others: positive
 LIMITS |= {name: (1, 10_000) for name in ("num_envs", "num_steps", "eval_episodes")}  # memory
-LIMITS |= {"seed": (0, 2**31 - 1), "num_experts": (1, 64), "widen": (1, 256)}
+LIMITS |= {"seed": (0, 2**31 - 1), "num_experts": (1, 64), "widen": (1, 256), "exploration_fraction": (1e-12, 1)}
 LIMITS["num_threads"] = (1, 4 * (os.cpu_count() or 1))
 OLDER = {}  # flags that older files lack, and the values at which a script does what it did then
 
@@ -519,14 +522,17 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
         args.num_threads = int(threads) if threads.isdecimal() else 2
     for name, value in vars(args).items():
         with exit_on_error(f"--{name.replace('_', '-')} {value}", "see --help"):
-            if saved and name not in free and value != saved["args"][name]:
+            new = not saved or value != saved["args"][name]  # a limit may be another now, or on another machine
+            if saved and new and name not in free:
                 raise ValueError(f"cannot change, the run has {saved['args'][name]}")
             low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
-            if type(value) in (int, float) and not low <= value <= high:
+            if new and type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"must lie between {low:g} and {high:g}")
             if name == "video" and value and args.evaluate is None:
                 raise ValueError("goes with --evaluate")
     with exit_on_error(f"--device {args.device}", "--device cpu always works"):
+        if args.device != "cpu" and not args.device.startswith("cuda"):
+            raise ValueError("must be cpu, cuda or cuda:N")
         torch.zeros(1, device=args.device).item()
     with exit_on_error("torchrun", "start it with python"):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -566,9 +572,11 @@ def evaluate_run(args: Args, saved: dict):
                     picture = (games.obs[0] * grey).max(-1).astype(np.uint8)  # (10, 10)
                     frames.append(Image.fromarray(picture.repeat(16, 0).repeat(16, 1)))
 
-            evaluate(agent, dataclasses.replace(args, eval_episodes=1), 0, "deterministic", watch)
-            frames[0].save(gif, save_all=True, append_images=frames[1:], duration=40, loop=0)
-        print(f"one episode, policy deterministic: {gif}")
+            if not evaluate(agent, dataclasses.replace(args, eval_episodes=1), 0, "deterministic", watch):
+                raise SystemExit(128 + SIGNALS[0])
+            frames[0].save(data := io.BytesIO(), "GIF", save_all=True, append_images=frames[1:], duration=40, loop=0)
+        write(gif, data.getvalue())
+        print(f"{len(frames)} frames of one episode, policy deterministic: {gif}")
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -581,7 +589,8 @@ def main(argv: list[str] | None = None) -> Path:
     default = f"runs/MinAtar-{args.game}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = args.evaluate or args.resume or args.run_dir or default
     remedy = f"--resume {folder} goes on" if args.evaluate is None else "make room, or copy the policy elsewhere"
-    with exit_on_error("stopped", remedy, 1, (OSError, FloatingPointError)), OPEN:
+    diverged = exit_on_error("stopped", "it would again, start anew with a smaller step size", 1, FloatingPointError)
+    with exit_on_error("stopped", remedy, 1, OSError), diverged, OPEN:
         if args.evaluate is not None:
             evaluate_run(args, saved)
         else:

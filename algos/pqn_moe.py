@@ -14,7 +14,7 @@
 Papers  Obando-Ceron et al. 2024, "Mixtures of Experts Unlock Parameter Scaling for Deep RL", arXiv 2402.08609, with the
         layer of Puigcerver et al. 2023, "From Sparse to Soft Mixtures of Experts", arXiv 2308.00951.
         Sokar et al. 2024, "Don't flatten, tokenize!", arXiv 2410.01930, on what the tokens do.
-Layer   X (m, d): m = 64 cells of the convolution as tokens of d = 16 channels; L = X Phi (m, n p);
+Layer   X (m, d): m = 64 cells of the convolution as tokens of d = 16 channels; Phi (d, n p); L = X Phi (m, n p);
         S = softmax_tokens(L)^T X (n p, d); expert i maps its p rows of S; Y = softmax_slots(L) f(S) (m, d).
 
 Run       python algos/pqn_moe.py                                       # Asterix, Soft MoE with four experts
@@ -25,17 +25,18 @@ What differs from pqn.py:
 1. --moe: what stands between the convolution and the last layer.
    none    the 128 units of pqn.py
    wide    128 times --widen units
-   soft    Soft MoE of n experts 16-128-16 with p = 64 / n slots each (rounded down), so n hardly changes the cost
+   soft    Soft MoE of n experts 16-128-16 with p = 64 / n slots each (rounded down); any n that divides 64 costs alike
    topk    top-1: the same experts, each token to the one with the largest weight in w = softmax(x Phi)
-   tokens  one expert for every token, y = f(x), and nothing to route
+   tokens  one MLP 16-128-16 shared by all tokens, y = f(x): no slots, nothing to route
 2. The mixtures keep 64 tokens of 16 channels, so the last layer has 1,024 inputs, and LayerNorm takes one token. The
    matrix of 1,024 x 128, most of pqn.py's parameters, is gone: with up to 30 experts the network is the smaller one.
 3. Top-1 weights what LayerNorm returns, y = w_i LayerNorm(f_i(x)). LayerNorm maps w f(x) and f(x) to the same vector:
    a weight before it would be lost, and the router would not learn.
 4. The share of each expert is logged (moe/usage_k): the weight of its slots, or how many of the tokens chose it.
 Where this differs from the papers' code: PQN on MinAtar, not DQN and Rainbow on Atari; LayerNorm and ReLU follow the
-mixture; experts have no biases; p is rounded down, not up; top-1 has no balancing loss and drops no token; weights
-start as PyTorch's.
+mixture; experts have no biases; p is rounded down, not up; top-1 has no balancing loss and drops no token; Phi starts
+with the variance 1 / d, theirs with 1 / (d n), and other weights as PyTorch's. X and Phi are not normalised, as in the
+RL code; Puigcerver et al. divide them by their norms.
 Letters in the shape comments: T steps, N games, B batch, C channels of a picture, A actions; m, n, p, d as above.
 """
 
@@ -43,6 +44,7 @@ import contextlib
 import dataclasses
 import fcntl
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -109,7 +111,8 @@ class Mixture(nn.Module):
 
     def __init__(self, args: Args, tokens: int = 64, size: int = 16, hidden: int = 128):
         super().__init__()
-        self.moe, self.usage, experts = args.moe, (), 1 if args.moe == "tokens" else args.num_experts
+        self.moe, self.usage = args.moe, ()
+        experts = 1 if self.moe == "tokens" else args.num_experts  # n
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(size, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, size, bias=False))
             for _ in range(experts)
@@ -126,16 +129,16 @@ class Mixture(nn.Module):
             return self.norm(self.experts[0](x))
         logits = x @ self.phi  # (B, m, n p)
         if self.moe == "soft":
-            slots = logits.softmax(1).transpose(1, 2) @ x  # (B, n p, d): means of the tokens
+            slots = logits.softmax(1).transpose(1, 2) @ x  # (B, n p, d), weighted means of the tokens
             y = torch.cat([f(part) for f, part in zip(self.experts, slots.chunk(n, 1), strict=True)], 1)  # (B, n p, d)
             combine = logits.softmax(2)  # (B, m, n p)
-            self.usage = combine.detach().mean((0, 1)).view(n, -1).sum(1)
+            self.usage = combine.detach().mean((0, 1)).view(n, -1).sum(1)  # (n,)
             return self.norm(combine @ y)
         w, chosen = logits.softmax(2).max(2)  # (B, m)
-        rows = [chosen == i for i in range(n)]  # (B, m) each
-        self.usage, y = torch.stack(rows).float().mean((1, 2)), torch.zeros_like(x)
-        for f, mine in zip(self.experts, rows, strict=True):
-            y[mine] = w[mine][:, None] * self.norm(f(x[mine]))  # LayerNorm of w f(x) would not depend on w
+        masks = [chosen == i for i in range(n)]  # (B, m) each
+        self.usage, y = torch.stack(masks).float().mean((1, 2)), torch.zeros_like(x)  # (n,), (B, m, d)
+        for f, mine in zip(self.experts, masks, strict=True):
+            y[mine] = w[mine][:, None] * self.norm(f(x[mine]))  # (tokens of f, d); LayerNorm of w f(x) would lose w
         return y
 
 
@@ -192,7 +195,8 @@ def lambda_returns(reward, terminated, truncated, next_value, args: Args) -> tor
     targets, target = [], next_value[-1]
     for t in reversed(range(len(reward))):
         target = torch.where(truncated[t], next_value[t], target)
-        target = reward[t] + args.gamma * ~terminated[t] * next_value[t].lerp(target, args.q_lambda)
+        mix = next_value[t].lerp(target, args.q_lambda)  # lambda G + (1 - lambda) V
+        target = reward[t] + args.gamma * ~terminated[t] * mix
         targets.append(target)
     return torch.stack(targets[::-1])
 
@@ -213,9 +217,9 @@ def rollout(agent: Agent, games: "Games", epsilon: float, args: Args) -> tuple["
 
     # No weight changes during a rollout, so step t + 1 has computed V(s_{t+1}) already, except at truncations
     last_obs = torch.from_numpy(np.stack([*games.obs, *cut.values()]))
-    last_value, *cut_value = agent.act(last_obs, 0)[1].split([args.num_envs] + [1] * len(cut))
-    next_value = torch.cat([value[1:], last_value[None]])
-    for index, v in zip(cut, cut_value, strict=True):
+    last_value = agent.act(last_obs, 0)[1]  # (N + truncations,)
+    next_value = torch.cat([value[1:], last_value[None, : args.num_envs]])  # (T, N)
+    for index, v in zip(cut, last_value[args.num_envs :], strict=True):
         next_value[index] = v
     target = lambda_returns(reward, terminated, truncated, next_value, args)
     return Batch(*(x.flatten(0, 1).to(args.device) for x in (obs, action, target))), episodes
@@ -230,7 +234,7 @@ def update(agent: Agent, batch: "Batch", args: Args) -> dict[str, torch.Tensor]:
     loss.backward()
     norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
     optimizer.step()
-    usage = [share for m in agent.modules() if isinstance(m, Mixture) for share in m.usage]
+    usage = getattr(agent.network.middle[0], "usage", ())  # of a mixture
     return {
         "losses/critic": loss.detach(),
         "losses/gradient_norm": norm,
@@ -337,7 +341,7 @@ class Games:
             for action in actions:
                 self.play(i, action)
         if not np.array_equal(self.obs, state["obs"]):
-            raise ValueError("a game does not repeat its own episode, start anew")
+            raise ValueError("a game does not repeat its own episode, as with another version of minatar")
 
 
 def evaluate(agent: Agent, args: Args, step: int, policy: str, watch=lambda games: None) -> dict:
@@ -365,7 +369,8 @@ def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float]:
     """Two columns of eval.csv: how much of the network is in use on the states obs (B, 10, 10, C).
 
     dormant  share of hidden units with E|h_j| <= 0.025 mean_k E|h_k|, k in the same layer (Sokar et al. 2023, arXiv
-             2302.12902); where a layer treats 64 cells alike, a cell is a sample; an expert is a layer
+             2302.12902); where a layer treats 64 cells alike, a cell is a sample; an expert is a layer, all of it
+             dormant where no token comes
     rank     effective rank of what the last layer sees: the least number of singular values, largest first, that sum to
              0.99 of all (Kumar et al. 2021, arXiv 2010.14498)
     Networks of another kind differ in both before they learn anything: compare a network with its own past.
@@ -481,7 +486,7 @@ class Run:
         self.info |= {"wall_time": wall_time, "steps_per_second": self.step / wall_time}
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(x.isfinite().all() for x in state["agent"].values()):
-            raise FloatingPointError("a weight is not finite, the training has diverged and would again")
+            raise FloatingPointError("a weight is not finite, the training has diverged")
         state |= {"owed": self.owed, "eval_rows": self.eval_rows, "rng": [rng.get_state() for rng in self.rngs]}
         write(self.folder / "checkpoint.pt", self.info | state)
         for name in ("model.pt", "policy.pt")[: 1 + (self.step >= self.args.total_timesteps)]:  # Q is the policy
@@ -525,7 +530,7 @@ def write(path: Path, data: bytes | dict):
 SCRIPT, SIGNALS, OPEN = Path(__file__).stem, [], contextlib.ExitStack()  # Ctrl-C or SIGTERM; what main() closes
 LIMITS = {name: (0, 1) for name in ("sticky_actions", "gamma", "q_lambda", "epsilon")}  # others: positive
 LIMITS |= {name: (1, 10_000) for name in ("num_envs", "num_steps", "eval_episodes")}  # memory
-LIMITS |= {"seed": (0, 2**31 - 1), "num_experts": (1, 64), "widen": (1, 256)}
+LIMITS |= {"seed": (0, 2**31 - 1), "num_experts": (1, 64), "widen": (1, 256), "exploration_fraction": (1e-12, 1)}
 LIMITS["num_threads"] = (1, 4 * (os.cpu_count() or 1))
 OLDER = {}  # flags that older files lack, and the values at which a script does what it did then
 
@@ -568,14 +573,17 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
         args.num_threads = int(threads) if threads.isdecimal() else 2
     for name, value in vars(args).items():
         with exit_on_error(f"--{name.replace('_', '-')} {value}", "see --help"):
-            if saved and name not in free and value != saved["args"][name]:
+            new = not saved or value != saved["args"][name]  # a limit may be another now, or on another machine
+            if saved and new and name not in free:
                 raise ValueError(f"cannot change, the run has {saved['args'][name]}")
             low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
-            if type(value) in (int, float) and not low <= value <= high:
+            if new and type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"must lie between {low:g} and {high:g}")
             if name == "video" and value and args.evaluate is None:
                 raise ValueError("goes with --evaluate")
     with exit_on_error(f"--device {args.device}", "--device cpu always works"):
+        if args.device != "cpu" and not args.device.startswith("cuda"):
+            raise ValueError("must be cpu, cuda or cuda:N")
         torch.zeros(1, device=args.device).item()
     with exit_on_error("torchrun", "start it with python"):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -615,9 +623,11 @@ def evaluate_run(args: Args, saved: dict):
                     picture = (games.obs[0] * grey).max(-1).astype(np.uint8)  # (10, 10)
                     frames.append(Image.fromarray(picture.repeat(16, 0).repeat(16, 1)))
 
-            evaluate(agent, dataclasses.replace(args, eval_episodes=1), 0, "deterministic", watch)
-            frames[0].save(gif, save_all=True, append_images=frames[1:], duration=40, loop=0)
-        print(f"one episode, policy deterministic: {gif}")
+            if not evaluate(agent, dataclasses.replace(args, eval_episodes=1), 0, "deterministic", watch):
+                raise SystemExit(128 + SIGNALS[0])
+            frames[0].save(data := io.BytesIO(), "GIF", save_all=True, append_images=frames[1:], duration=40, loop=0)
+        write(gif, data.getvalue())
+        print(f"{len(frames)} frames of one episode, policy deterministic: {gif}")
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -630,7 +640,8 @@ def main(argv: list[str] | None = None) -> Path:
     default = f"runs/MinAtar-{args.game}__{SCRIPT}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     folder = args.evaluate or args.resume or args.run_dir or default
     remedy = f"--resume {folder} goes on" if args.evaluate is None else "make room, or copy the policy elsewhere"
-    with exit_on_error("stopped", remedy, 1, (OSError, FloatingPointError)), OPEN:
+    diverged = exit_on_error("stopped", "it would again, start anew with a smaller step size", 1, FloatingPointError)
+    with exit_on_error("stopped", remedy, 1, OSError), diverged, OPEN:
         if args.evaluate is not None:
             evaluate_run(args, saved)
         else:

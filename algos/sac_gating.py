@@ -541,7 +541,7 @@ class Run:
         self.info |= {"wall_time": wall_time, "steps_per_second": self.step / wall_time}
         state = {name: part.state_dict() for name, part in self.parts.items()}
         if not all(x.isfinite().all() for x in state["agent"].values()):
-            raise FloatingPointError("a weight is not finite, the training has diverged and would again")
+            raise FloatingPointError("a weight is not finite, the training has diverged")
         state |= {"owed": self.owed, "eval_rows": self.eval_rows, "rng": [rng.get_state() for rng in self.rngs]}
         write(self.folder / "checkpoint.pt", self.info | state)
         write(self.folder / "model.pt", self.info | {"agent": state["agent"]})
@@ -631,16 +631,19 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
         args.num_threads = int(threads) if threads.isdecimal() else 2
     for name, value in vars(args).items():
         with exit_on_error(f"--{name.replace('_', '-')} {value}", "see --help"):
-            if saved and name not in free and value != saved["args"][name]:
+            new = not saved or value != saved["args"][name]  # a limit may be another now, or on another machine
+            if saved and new and name not in free:
                 raise ValueError(f"cannot change, the run has {saved['args'][name]}")
             low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
-            if type(value) in (int, float) and not low <= value <= high:
+            if new and type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"must lie between {low:g} and {high:g}")
             if name == "video" and value and args.evaluate is None:
                 raise ValueError("goes with --evaluate")
             if name == "cuda_graph" and value and args.device == "cpu" and args.evaluate is None:
                 raise ValueError("goes with --device cuda")
     with exit_on_error(f"--device {args.device}", "--device cpu always works"):
+        if args.device != "cpu" and not args.device.startswith("cuda"):
+            raise ValueError("must be cpu, cuda or cuda:N")
         torch.zeros(1, device=args.device).item()
     with exit_on_error("torchrun", "start it with python"):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -682,9 +685,11 @@ def evaluate_run(args: Args, saved: dict):
                 if len(env.actions) % stride == 0 and len(frames) < 500:  # everything would take gigabytes
                     frames.append(env.render()[::2, ::2])
 
-            evaluate(agent, env, dataclasses.replace(args, eval_episodes=1), 0, Actor.policies[-1], watch)
-            imageio.mimsave(gif, frames, duration=10 * round(100 * stride / fps), loop=0)
-        print(f"one episode, policy {Actor.policies[-1]}: {gif}")
+            if not evaluate(agent, env, dataclasses.replace(args, eval_episodes=1), 0, Actor.policies[-1], watch):
+                raise SystemExit(128 + SIGNALS[0])
+            data = imageio.mimsave("<bytes>", frames, format="gif", duration=10 * round(100 * stride / fps), loop=0)
+        write(gif, data)
+        print(f"{len(frames)} frames of one episode, policy {Actor.policies[-1]}: {gif}")
 
 
 def main(argv: list[str] | None = None) -> Path:
@@ -698,7 +703,8 @@ def main(argv: list[str] | None = None) -> Path:
     default = "runs/" + name.translate(str.maketrans("?&=/", "----"))
     folder = args.evaluate or args.resume or args.run_dir or default
     remedy = f"--resume {folder} goes on" if args.evaluate is None else "make room, or copy the policy elsewhere"
-    with exit_on_error("stopped", remedy, 1, (OSError, FloatingPointError)), OPEN:
+    diverged = exit_on_error("stopped", "it would again, start anew with a smaller step size", 1, FloatingPointError)
+    with exit_on_error("stopped", remedy, 1, OSError), diverged, OPEN:
         if args.evaluate is not None:
             evaluate_run(args, saved)
         else:

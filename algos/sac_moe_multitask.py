@@ -535,7 +535,7 @@ def evaluate(agent: Agent, envs: list[Env], args: Args, step: int, policy: str, 
     return rows
 
 
-def film(agent: Agent, args: Args, path: Path):
+def film(agent: Agent, args: Args) -> bytes:
     """A GIF of one episode of each task, one after the other."""
     with exit_on_error("--video", "without a display, MuJoCo wants MUJOCO_GL=egl"):
         import imageio  # comes with gymnasium[mujoco]
@@ -549,8 +549,9 @@ def film(agent: Agent, args: Args, path: Path):
             if len(env.actions) % stride == 0 and len(frames) < 500:  # everything would take gigabytes
                 frames.append(env.render()[::2, ::2])
 
-        evaluate(agent, envs, args, 0, "deterministic", watch)
-        imageio.mimsave(path, frames, duration=10 * round(100 * stride / fps), loop=0)
+        if not evaluate(agent, envs, args, 0, "deterministic", watch):
+            raise SystemExit(128 + SIGNALS[0])
+        return imageio.mimsave("<bytes>", frames, format="gif", duration=10 * round(100 * stride / fps), loop=0)
 
 
 def probe(agent: Agent, args: Args, parts: dict) -> tuple[torch.Tensor, dict, dict]:
@@ -809,7 +810,7 @@ class Run:
     def require_finite(self):
         """Raises FloatingPointError if a weight is not finite."""
         if not all(x.isfinite().all() for x in self.agent.state_dict().values()):
-            raise FloatingPointError("a weight is not finite, the training has diverged and would again")
+            raise FloatingPointError("a weight is not finite, the training has diverged")
 
     def save(self):
         """Writes checkpoint.pt, model.pt, run.json and, at the end, policy.pt, unless the training has diverged."""
@@ -949,14 +950,17 @@ def parse(argv: list[str] | None) -> tuple[Args, dict | None]:
         args.num_threads = int(threads) if threads.isdecimal() else 2
     for name, value in vars(args).items():
         with exit_on_error(f"--{name.replace('_', '-')} {value}", "see --help"):
-            if saved and name not in free and value != saved["args"][name]:
+            new = not saved or value != saved["args"][name]  # a limit may be another now, or on another machine
+            if saved and new and name not in free:
                 raise ValueError(f"cannot change, the run has {saved['args'][name]}")
             low, high = limits.get(name, (1 if type(value) is int else 1e-12, 1e12))
-            if type(value) in (int, float) and not low <= value <= high:
+            if new and type(value) in (int, float) and not low <= value <= high:
                 raise ValueError(f"must lie between {low:g} and {high:g}")
             if name == "video" and value and args.evaluate is None:
                 raise ValueError("goes with --evaluate")
     with exit_on_error(f"--device {args.device}", "--device cpu always works"):
+        if args.device != "cpu" and not args.device.startswith("cuda"):
+            raise ValueError("must be cpu, cuda or cuda:N")
         torch.zeros(1, device=args.device).item()
     with exit_on_error("torchrun", "start it with python"):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -989,7 +993,7 @@ def evaluate_run(args: Args, saved: dict):
     write(path / "evaluation.json" if path.is_dir() else path.with_suffix(".json"), text.encode())
     if args.video:
         gif = path / "video.gif" if path.is_dir() else path.with_suffix(".gif")
-        film(agent, dataclasses.replace(args, eval_episodes=1), gif)
+        write(gif, film(agent, dataclasses.replace(args, eval_episodes=1)))
         print(f"one deterministic episode of each task: {gif}")
 
 
@@ -1004,7 +1008,8 @@ def main(argv: list[str] | None = None) -> Path:
     default = "runs/" + name.translate(str.maketrans("?&=/", "----"))
     folder = args.evaluate or args.resume or args.run_dir or default
     remedy = f"--resume {folder} goes on" if args.evaluate is None else "make room, or copy the policy elsewhere"
-    with exit_on_error("stopped", remedy, 1, (OSError, FloatingPointError)), OPEN:
+    diverged = exit_on_error("stopped", "it would again, start anew with a smaller step size", 1, FloatingPointError)
+    with exit_on_error("stopped", remedy, 1, OSError), diverged, OPEN:
         if args.evaluate is not None:
             evaluate_run(args, saved)
         else:

@@ -586,7 +586,7 @@ def test_divergence_is_one_line_and_keeps_the_checkpoint(script, checkpoint_ever
     with pytest.raises(SystemExit) as stop:
         train(script, tmp_path / "run", **changes)
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and error.count("\n") == 1 and "diverged" in error
+    assert stop.value.code == 1 and error.count("\n") == 1 and "diverged; it would again" in error
     saved = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
     assert all(x.isfinite().all() for x in saved["agent"].values())
 
@@ -606,6 +606,8 @@ WRONG = {
     "more games than memory": (dict(num_envs=10**9), "--num-envs 1000000000"),
     "negative seed": (dict(seed=-1), "--seed -1"),
     "no gpu at all": (dict(device=NO_GPU), "--device cuda.*always works"),
+    "a CPU with a number": (dict(device="cpu:0"), "--device cpu:0: must be cpu, cuda or cuda:N"),
+    "exploration longer than the run": (dict(exploration_fraction=1.5), "--exploration-fraction 1.5"),
     "folder below a file": (dict(run_dir="/dev/null/run"), "--run-dir /dev/null/run"),
     "nothing to resume": (dict(resume="no/such/run"), "--resume no/such/run: .*checkpoint.pt"),
     "nothing to evaluate": (dict(evaluate="no/such/run"), "--evaluate no/such/run: .*model.pt"),

@@ -136,11 +136,30 @@ def test_updates_start_and_repeat_as_told(sac_script, tmp_path, update_every, up
     assert len(calls) == updates  # after the steps 100, 101, ..., 130, or 100, 104, ..., 128
 
 
-def test_video(script, tmp_path):
+def test_video(script, tmp_path, monkeypatch, capsys):
+    """It is written; then it cannot be, and the error says so; then it is interrupted."""
     env_id = "moe_envs:TargetReaching-v0?layout=fixed"
     run = train(script, tmp_path / "run", env_id=env_id, total_timesteps=160, eval_episodes=1)
-    script.main(flags(evaluate=str(run), eval_episodes=2, video=True))
-    assert (run / "video.gif").read_bytes().startswith(b"GIF89a")
+    film, gif = flags(evaluate=str(run), eval_episodes=1, video=True), run / "video.gif"
+    script.main(film)
+    assert gif.read_bytes().startswith(b"GIF89a")
+    gif.unlink()
+    gif.mkdir()
+    with pytest.raises(SystemExit) as stop:
+        script.main(film)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and f"cannot write {gif}" in error and "make room" in error
+    gif.rmdir()
+    evaluate = script.evaluate
+
+    def interrupt(agent, env, args, step, policy, *watch):
+        script.SIGNALS.extend([signal.SIGINT] * len(watch))
+        return evaluate(agent, env, args, step, policy, *watch)
+
+    monkeypatch.setattr(script, "evaluate", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        script.main(film)
+    assert stop.value.code == 130 and not gif.exists()
 
 
 def test_resume_after_kill_9_is_exact(base, tmp_path):
@@ -283,7 +302,7 @@ def test_broken_weights_do_not_replace_a_checkpoint(script, tmp_path, monkeypatc
         train(script, tmp_path / "run", checkpoint_every=step)
     error = capsys.readouterr().err
     assert stop.value.code == 1 and error.count("\n") == 1
-    assert "a weight is not finite, the training has diverged" in error
+    assert "the training has diverged; it would again, start anew" in error and "--resume" not in error
     assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["global_step"] == 0
 
 
@@ -481,6 +500,16 @@ def test_video_that_cannot_be_drawn_is_an_error(script, finished, monkeypatch, c
     assert stop.value.code == 2 and "--video" in capsys.readouterr().err and not (finished / "video.gif").exists()
 
 
+def test_a_limit_of_another_machine_does_not_lock_a_run_out(script, finished, monkeypatch, capsys):
+    threads = json.loads((finished / "run.json").read_text())["args"]["num_threads"]
+    monkeypatch.setitem(script.LIMITS, "num_threads", (threads + 1, threads + 1))
+    for option in ("resume", "evaluate"):
+        assert script.parse(flags(**{option: str(finished)}))[0].num_threads == threads
+    with pytest.raises(SystemExit):
+        script.parse(flags(evaluate=str(finished), num_threads=threads + 2))
+    assert f"--num-threads {threads + 2}: must lie between {threads + 1}" in capsys.readouterr().err
+
+
 class Spaces(gym.Env):
     def __init__(self, observation_space, action_space):
         self.observation_space, self.action_space = observation_space, action_space
@@ -519,6 +548,7 @@ WRONG = {  # regular expressions: what the error has to say
     "no such gpu": (dict(device="cuda:99"), "--device cuda:99"),
     "no gpu at all": (dict(device=NO_GPU), "--device cuda.*always works"),
     "unknown device": (dict(device="abacus"), "--device abacus"),
+    "a CPU with a number": (dict(device="cpu:0"), "--device cpu:0: must be cpu, cuda or cuda:N"),
     "folder below a file": (dict(run_dir="/dev/null/run"), "--run-dir /dev/null/run"),
     "nothing to resume": (
         dict(resume="no/such/run"),
