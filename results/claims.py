@@ -25,6 +25,7 @@ EVALUATED = ("area", "return at the end", "return at the end of its phase")  # b
 RETURNS = (*EVALUATED, "stochastic return", "area of training", "training at the end")
 LEAST = 3  # seeds of both labels from which on runs take the place of what stands in for them, and properties count
 SAME = ("env_id", "game", "protocol", "total_timesteps", "learning_starts", "eval_every", "eval_episodes", "target_kl")
+SAME += ("sticky_actions", "minimal_actions", "time_limit", "epsilon")  # of PQN
 
 
 class Task(NamedTuple):

@@ -490,7 +490,7 @@ def test_the_committed_claims_are_complete(monkeypatch):
         for part in (row, row.get("instead", {}), *row.get("also", [])):
             assert part.get("measure", "area") in measures.MEASURES
             assert part.get("wanted", "higher") in ("higher", "lower", "different")
-    assert {row["paper"] for row in rows} == {"PMOE", "MoE-RL"}
+    assert {row["paper"] for row in rows} == {"PMOE", "MoE-RL", "Soft MoE in value-based agents"}
     words = ("gating", "options", "Gumbel", "score ratio", "t-SNE", "noise", "explores", "six MuJoCo", "Final and All")
     for word in (*words, "dormant", "Hardcoded", "order of the tasks", "router", "parameters", "value-based"):
         assert any(word in row["claim"] for row in rows), word
