@@ -185,7 +185,7 @@ def number_of_experts(data: Data, path: Path):
 
 
 def parameters(data: Data, path: Path):
-    """PQN: area over the number of parameters, a panel for each game, a line for each kind of network."""
+    """PQN: area over the number of parameters; a panel a game, a line for each kind of network, a dash a seed."""
     kinds = {"wide": ("plain network, times as wide", 0), "soft": ("Soft MoE, experts", 1)}
     kinds |= {"topk": ("top-1, experts", 5), "tokens": ("tokens, one MLP for all", 2)}
     figure, axes = panels(len(data.by_folder), min(3, len(data.by_folder)), 2.8)
@@ -203,10 +203,11 @@ def parameters(data: Data, path: Path):
             style = {"color": sns.color_palette("colorblind")[index]}
             axis.plot(x, [v.mean() for v in values], "o-", label=name, markersize=4, **style)
             for a, number, v in zip(x, numbers, values, strict=True):
-                axis.plot([a, a], stats.interval(v), linewidth=0.8, **style)
+                axis.plot([a] * len(v), v, "_", markersize=7, **style)
                 axis.annotate(number, (a, v.mean()), xytext=(4, 4), textcoords="offset points", fontsize=7, **style)
         axis.set_xscale("log")
         axis.margins(x=0.1)
+        axis.set_ylim(bottom=0)
         axis.set_title(f"{folder.removeprefix('MinAtar-PQN-').replace('_', ' ')}, {count(game)}", fontsize=8)
         axis.set(xlabel="parameters", ylabel="area (epsilon-greedy)" if axis in axes[::3] else "")
     legend(figure, axes)
