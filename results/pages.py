@@ -85,7 +85,7 @@ def one_task(data: Data, figures: Path) -> list[str]:
     rows = [returns(part) for part in data.by_label.values()]
     policies = [policy(part) for part in data.by_label.values()]
     known = any(set(row.values()) - {row["label"], row["seeds"], "-"} for row in policies)  # PQN's has none of it
-    return [*lines, *markdown(rows), *markdown(policies if known else []), *sides(data), *gait(data)]
+    return [*lines, *markdown(rows), *markdown(policies if known else []), *sides(data), *gait(data), *routing(data)]
 
 
 def families(data: Data) -> dict[str, Data]:
@@ -200,6 +200,16 @@ def gait(data: Data) -> list[str]:
             row[f"return, {name}"] = stats.summary(episodes["return"])
             row[f"upright, {name}"] = stats.summary(episodes.upright)
         rows.append(row)
+    return markdown(rows)
+
+
+def routing(data: Data) -> list[str]:
+    """Where routing.csv is: whether a router of Soft MoE tells places apart, over the seeds."""
+    rows = []
+    for (label, network), runs in data.routing.groupby(["label", "network"], sort=False):
+        row = {"routing": label, "network": network, "seeds": str(len(runs))}
+        row |= {f"entropy, {name}": stats.summary(runs[name]) for name in ("dispatch", "combine")}
+        rows.append(row | {f"spread of {name}": stats.summary(runs[name]) for name in ("tokens", "slots")})
     return markdown(rows)
 
 

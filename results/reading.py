@@ -28,6 +28,7 @@ class Data:
     gait: pd.DataFrame  # gait.csv
     sides: pd.DataFrame  # sides.csv
     history: pd.DataFrame  # side_history.csv
+    routing: pd.DataFrame  # routing.csv
 
     def of(self, folder: str, label: str | None = None) -> "Data":
         """The rows of one folder, or of one label in it."""
@@ -86,12 +87,13 @@ class Data:
 
 FILES = {"evals": "eval.csv", "scalars": "scalars.csv", "moe": "moe.csv", "paths": "trajectories.csv"}
 FILES |= {"layout": "layout.csv", "gait": "gait.csv"}
-FILES |= {"sides": "sides.csv", "history": "side_history.csv"}
+FILES |= {"sides": "sides.csv", "history": "side_history.csv", "routing": "routing.csv"}
 COLUMNS = {"runs": ["script"], "evals": ["global_step", "policy", "task", "return", "success"]}
 COLUMNS |= {"scalars": ["global_step"], "moe": ["global_step", "network", "metric", "task", "item", "value"]}
 COLUMNS |= {"paths": ["panel", "episode", "step", "x", "y", "expert"], "layout": ["thing", "x", "y", "radius"]}
 COLUMNS |= {"gait": ["policy", "episode", "return", "upright"], "history": ["step", "q_left", "q_right", "alpha"]}
 COLUMNS |= {"sides": ["policy", "success", "left", "right", "entropy", "p_left", "modes", "gate"]}
+COLUMNS |= {"routing": ["network", "dispatch", "combine", "tokens", "slots"]}
 
 
 def natural(path: Path | str) -> list:

@@ -10,7 +10,10 @@ import threading
 import time
 
 import numpy as np
+import pages
 import pytest
+import reading
+import routing
 import torch
 from conftest import ALGOS, check_shuffling, load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -592,6 +595,44 @@ def test_divergence_is_one_line_and_keeps_the_checkpoint(script, checkpoint_ever
 
 
 # Errors
+
+
+@pytest.mark.parametrize(("scale", "entropy"), [(0.0, 1.0), (1e4, 0.0)])
+def test_routing_of_equal_and_of_sharp_weights(moe, scale, entropy):
+    """Equal weights: slots are the mean of the tokens. Sharp ones: each slot is one token, each token has one slot."""
+    network = moe.Network(4, 5, moe.Args(num_experts=4))
+    with torch.no_grad():
+        network.middle[0].phi.mul_(scale)
+    obs = torch.rand(8, 10, 10, 4) < 0.3
+    dispatch, combine, tokens, slots = routing.measure(network, obs)
+    assert (dispatch, combine) == pytest.approx((entropy, entropy), abs=0.02)
+    x = network.cells(network.conv(obs.permute(0, 3, 1, 2).float()).flatten(2).transpose(1, 2)).detach()
+    best = (x @ network.middle[0].phi).argmax(1)  # token of each slot (B, n p)
+    chosen = x.gather(1, best[..., None].expand(-1, -1, 16)) if scale else x.mean(1, keepdim=True)
+    for seen, y in ((tokens, x), (slots, chosen)):
+        spread = ((y - y.mean(1, keepdim=True)).square().mean() / y.square().mean()).sqrt().item()
+        assert seen == pytest.approx(spread, abs=0.01)
+
+
+def test_routing_of_a_run_starts_with_its_first_network_and_has_a_table(moe, tmp_path, monkeypatch):
+    run = train(moe, tmp_path / "runs" / "MinAtar-PQN-asterix" / "pqn_moe-soft2" / "s1", num_experts=2)
+    seen = []
+    monkeypatch.setattr(routing, "measure", lambda network, obs: seen.append((network, obs)) or [0.5, 0.25, 1.0, 0.125])
+    lines = routing.main(run).read_text().splitlines()
+    assert lines == ["network,dispatch,combine,tokens,slots"] + [
+        f"at the {x},0.500,0.250,1.000,0.125" for x in ("start", "end")
+    ]
+    (first, states), (last, same_states) = seen
+    assert torch.equal(states, same_states) and states.shape == (256, 10, 10, 4)
+    assert same({f"network.{k}": v for k, v in last.state_dict().items()}, model(run))
+    torch.manual_seed(1)
+    fresh = moe.Network(4, 5, moe.Args(num_experts=2)).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in first.state_dict().items())
+    table = "\n".join(pages.routing(reading.read(tmp_path)))
+    assert "| pqn_moe-soft2 | at the end | 1 | 0.50 | 0.25 | 1.00 | 0.12 |" in table
+    shutil.rmtree(run)
+    with pytest.raises(ValueError, match="--moe topk has no slots"):
+        routing.main(train(moe, run, moe="topk", total_timesteps=32))
 
 
 WRONG = {
