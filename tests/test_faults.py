@@ -380,6 +380,28 @@ def test_more_than_memory_is_refused_by_ppo(ppo_pmoe, tmp_path, flag, capsys):
     assert "--num-envs 100000: would take" in error and not (tmp_path / "run").exists()
 
 
+def test_a_video_that_cannot_be_written_or_is_interrupted(base, tmp_path, monkeypatch, capsys):
+    env_id = "moe_envs:TargetReaching-v0?layout=fixed"
+    run = train(base, tmp_path / "run", env_id=env_id, total_timesteps=160, eval_episodes=1)
+    film, gif = flags(evaluate=str(run), eval_episodes=1, video=True), run / "video.gif"
+    gif.mkdir()
+    with pytest.raises(SystemExit) as stop:
+        base.main(film)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and f"cannot write {gif}" in error and "make room" in error
+    gif.rmdir()
+    evaluate = base.evaluate
+
+    def interrupt(agent, env, args, step, policy, *watch):
+        base.SIGNALS.extend([signal.SIGINT] * len(watch))
+        return evaluate(agent, env, args, step, policy, *watch)
+
+    monkeypatch.setattr(base, "evaluate", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        base.main(film)
+    assert stop.value.code == 130 and not gif.exists()
+
+
 def test_an_evaluation_that_cannot_be_written_says_what_helps(base, tmp_path, monkeypatch, capsys):
     run = train(base, tmp_path / "run", total_timesteps=160)
 

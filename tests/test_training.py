@@ -136,30 +136,11 @@ def test_updates_start_and_repeat_as_told(sac_script, tmp_path, update_every, up
     assert len(calls) == updates  # after the steps 100, 101, ..., 130, or 100, 104, ..., 128
 
 
-def test_video(script, tmp_path, monkeypatch, capsys):
-    """It is written; then it cannot be, and the error says so; then it is interrupted."""
+def test_video(script, tmp_path):
     env_id = "moe_envs:TargetReaching-v0?layout=fixed"
     run = train(script, tmp_path / "run", env_id=env_id, total_timesteps=160, eval_episodes=1)
-    film, gif = flags(evaluate=str(run), eval_episodes=1, video=True), run / "video.gif"
-    script.main(film)
-    assert gif.read_bytes().startswith(b"GIF89a")
-    gif.unlink()
-    gif.mkdir()
-    with pytest.raises(SystemExit) as stop:
-        script.main(film)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and f"cannot write {gif}" in error and "make room" in error
-    gif.rmdir()
-    evaluate = script.evaluate
-
-    def interrupt(agent, env, args, step, policy, *watch):
-        script.SIGNALS.extend([signal.SIGINT] * len(watch))
-        return evaluate(agent, env, args, step, policy, *watch)
-
-    monkeypatch.setattr(script, "evaluate", interrupt)
-    with pytest.raises(SystemExit) as stop:
-        script.main(film)
-    assert stop.value.code == 130 and not gif.exists()
+    script.main(flags(evaluate=str(run), eval_episodes=2, video=True))
+    assert (run / "video.gif").read_bytes().startswith(b"GIF89a")
 
 
 def test_resume_after_kill_9_is_exact(base, tmp_path):
