@@ -106,12 +106,12 @@ class Args:
 class Network(nn.Module):
     """Q(s, .): 3x3 convolution to 16 channels, 128 units, A outputs; LayerNorm, then ReLU follow each hidden layer.
 
-    The first LayerNorm takes the 16 channels of one cell, not the whole picture.
+    The first LayerNorm takes the 16 channels of one cell, not the whole picture. pqn_moe.py needs args, this does not.
     """
 
     def __init__(self, channels: int, num_actions: int, args: Args):
         super().__init__()
-        self.conv = nn.Conv2d(channels, 16, 3)  # 10 x 10 -> 8 x 8 cells; args are for pqn_moe.py
+        self.conv = nn.Conv2d(channels, 16, 3)  # 10 x 10 -> 8 x 8 cells
         self.cells = nn.Sequential(nn.LayerNorm(16), nn.ReLU())
         self.middle = nn.Sequential(nn.Flatten(), nn.Linear(64 * 16, 128), nn.LayerNorm(128), nn.ReLU())
         self.head = nn.Linear(128, num_actions)

@@ -20,6 +20,14 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
+def file_of(path: Path) -> Path:
+    """A file itself; of a run's folder its policy.pt or, where there is none, the one in results/policies."""
+    file = path / "policy.pt" if path.is_dir() else path
+    if path.is_dir() and not file.exists():
+        file = FOLDER.joinpath("policies", *path.resolve().parts[-3:]).with_suffix(".pt")
+    return file
+
+
 class Saved(NamedTuple):
     script: ModuleType  # of algos/
     args: object  # the run's Args, on one thread of the CPU
@@ -38,9 +46,7 @@ def load(path: Path, parts: tuple[str, ...] = ("actor.",), **kwargs) -> Saved:
     Raises:
         ValueError: A weight of these parts is missing.
     """
-    file = path / "policy.pt" if path.is_dir() else path
-    if path.is_dir() and not file.exists():
-        file = FOLDER.joinpath("policies", *path.resolve().parts[-3:]).with_suffix(".pt")
+    file = file_of(path)
     script = load_script(torch.load(file, map_location="cpu", weights_only=True)["script"])
     args, saved = script.parse(["--evaluate", str(file), "--device", "cpu", "--num-threads", "1"])
     env = script.Env(args, evaluation=True, **kwargs)

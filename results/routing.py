@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import torch
-from policy import FOLDER, load_script
+from policy import file_of, load_script
 
 GAMES, EVERY, TIMES = 32, 10, 8
 
@@ -36,13 +36,10 @@ def measure(network: torch.nn.Module, obs: torch.Tensor) -> list[float]:
 
 
 def main(run_dir: Path) -> Path:
-    file = run_dir / "policy.pt"
-    if not file.exists():
-        file = FOLDER.joinpath("policies", *run_dir.resolve().parts[-3:]).with_suffix(".pt")
-    script = load_script("pqn_moe")
+    file, script = file_of(run_dir), load_script("pqn_moe")
     args, saved = script.parse(["--evaluate", str(file), "--num-threads", "1"])
     if args.moe != "soft":
-        raise ValueError(f"{file}: --moe {args.moe} has no slots")
+        sys.exit(f"{file}: --moe {args.moe} has no slots")
     games = script.Games(args, GAMES, evaluation=True)
     torch.manual_seed(args.seed)  # as train() does, so the agent is the run's at its start
     agents = [script.Agent(games.obs.shape[-1], len(games.actions), args) for _ in range(2)]
@@ -61,7 +58,7 @@ def main(run_dir: Path) -> Path:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or "--help" in sys.argv:
         sys.exit(__doc__)
     for name in sys.argv[1:]:
         print(main(Path(name)))

@@ -594,7 +594,7 @@ def test_divergence_is_one_line_and_keeps_the_checkpoint(script, checkpoint_ever
     assert all(x.isfinite().all() for x in saved["agent"].values())
 
 
-# Errors
+# What the router of a trained network does
 
 
 @pytest.mark.parametrize(("scale", "entropy"), [(0.0, 1.0), (1e4, 0.0)])
@@ -630,6 +630,30 @@ def test_routing_of_a_run_starts_with_its_first_network_and_has_a_table(moe, tmp
     assert all(torch.equal(value, fresh[name]) for name, value in first.state_dict().items())
     table = "\n".join(pages.routing(reading.read(tmp_path)))
     assert "| pqn_moe-soft2 | at the end | 1 | 0.50 | 0.25 | 1.00 | 0.12 |" in table
+
+
+# Errors
+
+
+def test_a_video_that_cannot_be_written_or_is_interrupted(script, finished, tmp_path, monkeypatch, capsys):
+    gif, evaluate = tmp_path / "s1.gif", script.evaluate
+    shutil.copy(finished / "policy.pt", tmp_path / "s1.pt")
+    film = flags(evaluate=str(tmp_path / "s1.pt"), video=True)
+    gif.mkdir()
+    with pytest.raises(SystemExit) as stop:
+        script.main(film)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and f"cannot write {gif}" in error and "make room" in error
+    gif.rmdir()
+
+    def interrupt(agent, args, step, policy, *watch):
+        script.SIGNALS.extend([signal.SIGINT] * len(watch))
+        return evaluate(agent, args, step, policy, *watch)
+
+    monkeypatch.setattr(script, "evaluate", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        script.main(film)
+    assert stop.value.code == 130 and not gif.exists()
 
 
 WRONG = {
