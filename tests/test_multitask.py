@@ -451,6 +451,27 @@ def test_video_of_sac_shows_every_task(tmp_path, monkeypatch):
     assert len(frames) == 11 and (run / "video.gif").read_bytes().startswith(b"GIF89a")
 
 
+def test_a_video_that_cannot_be_written_or_is_interrupted(module, tmp_path, monkeypatch, capsys):
+    tasks = ("moe_envs:TargetReaching-v0",) if module.SCRIPT.startswith("sac") else ("breakout",)
+    run = train(module, tmp_path / "run", tasks=tasks, total_timesteps=64)
+    film, gif, evaluate = words(evaluate=run, video=True), run / "video.gif", module.evaluate
+    gif.mkdir()
+    with pytest.raises(SystemExit) as stop:
+        module.main(film)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and f"cannot write {gif}" in error and "make room" in error
+    gif.rmdir()
+
+    def interrupt(agent, envs, args, step, policy, *watch):
+        module.SIGNALS.extend([signal.SIGINT] * len(watch))
+        return evaluate(agent, envs, args, step, policy, *watch)
+
+    monkeypatch.setattr(module, "evaluate", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        module.main(film)
+    assert stop.value.code == 130 and not gif.exists()
+
+
 class Film(gym.Env):
     """125 pictures a second, of an environment that draws from the global generators."""
 
