@@ -149,16 +149,17 @@ def test_chosen_experts_of_cells_equal_a_loop_over_cells(ppo_moe, router, top_k)
         torch.testing.assert_close(moe.balance, 4 * (counts * shares).sum())
 
 
-def test_load_balance_of_cells_is_part_of_the_loss(ppo_moe):
-    args = ppo_args(ppo_moe, "middle", router="topk", num_experts=4, load_balance=2.0)
+@pytest.mark.parametrize("architecture", ["middle", "all"])
+def test_load_balance_of_every_layer_is_part_of_the_loss(ppo_moe, architecture):
+    args = ppo_args(ppo_moe, architecture, router="topk", num_experts=4, load_balance=2.0)
     agent, zeros = ppo_moe.Agent(args), torch.zeros(9)
     batch = ppo_moe.Batch(torch.rand(9, 10, 10, 6) < 0.2, zeros.long(), zeros.long(), zeros, torch.randn(9), zeros)
     with_it = ppo_moe.losses_of(agent, batch, args)
     without = ppo_moe.losses_of(agent, batch, ppo_moe.dataclasses.replace(args, load_balance=0.0))
     for i, net in enumerate((agent.actor, agent.critic)):
-        balance = net.layers[1].balance
-        assert balance > 0.9
-        torch.testing.assert_close(with_it[i] - without[i], 2 * balance)
+        balance = [moe.balance for moe in mixtures(net)]
+        assert len(balance) == (1 if architecture == "middle" else 3) and min(balance) > 0.9
+        torch.testing.assert_close(with_it[i] - without[i], 2 * sum(balance))
 
 
 def test_soft_moe_of_one_token_is_the_dense_gate(ppo_moe):
@@ -279,6 +280,15 @@ def test_load_balance_is_one_if_equal_and_n_if_all_go_to_one(either):
     assert moe.balance.item() == pytest.approx(4.0)
 
 
+def test_load_balance_moves_the_router_from_the_expert_that_all_want(either):
+    moe = mixture(either, 3)
+    moe.phi.data = torch.tensor([1.0, 0, 0, 0]).expand(3, 4).clone()
+    moe.weights(torch.ones(7, 3), None)
+    (gradient,) = torch.autograd.grad(moe.balance, moe.phi)
+    w = moe.phi.data.sum(0).softmax(0)  # balance is 4 w_0
+    torch.testing.assert_close(gradient, (4 * w[0] * (torch.eye(4)[0] - w)).expand(3, 4))
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("per_conv", [False, True])
 def test_hardcoded_routing_sends_a_gradient_to_the_tasks_expert_only(either, architecture, per_conv):
@@ -294,6 +304,16 @@ def test_hardcoded_routing_sends_a_gradient_to_the_tasks_expert_only(either, arc
     assert (
         touched == {"middle": 2 + 2 * (per_conv and "tokens" in changes), "final": 2, "all": 6, "big": 6}[architecture]
     )
+
+
+def test_the_losses_of_a_task_have_a_gradient_for_its_experts_only(ppo_moe):
+    args = ppo_args(ppo_moe, "big", router="hardcoded", num_experts=3)
+    agent, ones = ppo_moe.Agent(args), torch.ones(12)
+    batch = ppo_moe.Batch(torch.rand(12, 10, 10, 6) < 0.2, ones.long(), ones.long(), -ones, torch.randn(12), ones)
+    sum(ppo_moe.losses_of(agent, batch, args)[:2]).backward()
+    for moe in mixtures(agent):
+        for i, expert in enumerate(moe.experts):
+            assert all((parameter.grad.abs().sum() > 0) == (i == 1) for parameter in expert.parameters())
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -325,9 +345,10 @@ def test_hardcoded_all_is_hardcoded_big(either):
 
 
 def test_dormant_neurons_by_hand(either):
-    x = torch.tensor([[1.0, 0, -0.02, 3], [1, 0, 0.02, -3]])  # sizes 1, 0, 0.02, 3; mean 1.005
-    assert either.dormant(x, 0.0).tolist() == [False, True, False, False]
-    assert either.dormant(x, 0.025).tolist() == [False, True, True, False]
+    x = torch.tensor([[1.0, 0, -0.02, 3, 0.05], [1, 0, 0.02, -3, 0.05]])  # sizes 1, 0, 0.02, 3, 0.05; mean 0.814
+    assert either.dormant(x, 0.0).tolist() == [False, True, False, False, False]
+    for scale in (1, 100):  # neither the largest nor an absolute size counts
+        assert either.dormant(scale * x, 0.025).tolist() == [False, True, True, False, False]
     assert either.dormant(torch.zeros(3, 2), 0.0).tolist() == [True, True]
 
 
@@ -497,6 +518,26 @@ def test_measure_of_ppo_sees_equal_and_opposite_tasks(ppo_moe, monkeypatch):
             assert value_of(rows, network=name, metric="cosine", task=0, item=1) == pytest.approx(sign, abs=1e-3)
 
 
+def test_entropy_is_the_mean_over_the_states_of_one_task(ppo_moe, monkeypatch):
+    """Task 0 gives each state one expert, in turn, task 1 half of each."""
+    pytest.importorskip("minatar")
+    monkeypatch.setattr(ppo_moe, "PROBE", (2, 20))
+    args = ppo_args(ppo_moe, "big", tasks=("breakout", "asterix"), num_experts=2)
+    look_inside = ppo_moe.look_inside
+
+    def made(module, inputs):
+        ((neurons, routers, features),) = look_inside(module, inputs)
+        w = torch.eye(2)[torch.arange(80) // 4 % 2]  # four games side by side
+        return [(neurons, {"router1": torch.where(inputs[1][:, None] == 0, w, 0.5)}, features)]
+
+    monkeypatch.setattr(ppo_moe, "look_inside", made)
+    rows = ppo_moe.measure(ppo_moe.Agent(args), args, 0, {})
+    for task, entropy in ((0, 0.0), (1, math.log(2))):
+        assert value_of(rows, network="actor", metric="entropy1", task=task) == pytest.approx(entropy, abs=1e-6)
+        for item in (0, 1):
+            assert value_of(rows, network="actor", metric="router1", task=task, item=item) == 0.5
+
+
 def test_a_neuron_of_the_convolution_is_a_channel(ppo_moe, monkeypatch):
     """Sokar et al. 2023: so 16 of them stand beside 128. The tasks' own rows; rank and norm of what the head gets."""
     pytest.importorskip("minatar")
@@ -582,6 +623,25 @@ def test_a_router_begins_nearly_undecided(ppo_moe):
     net, obs = ppo_moe.Network(14, 6, 1.0, "big", ppo_moe.Args(num_experts=3)), torch.rand(64, 10, 10, 14) < 0.02
     w = net.layers[0].weights(obs.float(), torch.zeros(64, dtype=torch.long))
     assert 0.15 < w.min() and w.max() < 0.6 and w.std() > 0.005
+
+
+@pytest.mark.parametrize(("size", "slots"), [(16, 1), (16, 4), (100, 2)])
+def test_router_starts_with_the_variance_of_its_inputs(ppo_moe, size, slots):
+    args = ppo_moe.Args(num_experts=64)
+    phi = ppo_moe.Mixture([nn.Identity() for _ in range(64)], size, args, slots).phi
+    assert phi.shape == (size, 64 * slots) and phi.std().item() == pytest.approx(size**-0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("architecture", ["baseline", "all"])
+def test_fresh_weights_are_orthogonal_with_the_gains_of_ppo(ppo_moe, architecture):
+    """sqrt 2 before a ReLU, 0.01 of the logits, 1 of the value."""
+    agent = ppo_moe.Agent(ppo_args(ppo_moe, architecture, num_experts=2))
+    for net, last in ((agent.actor, 0.01), (agent.critic, 1.0)):
+        for layer, gain in zip(net.layers, (2**0.5, 2**0.5, last), strict=True):
+            for linear in (m for m in layer.modules() if hasattr(m, "bias")):
+                singular = torch.linalg.svdvals(linear.weight.flatten(1))
+                torch.testing.assert_close(singular, torch.full_like(singular, gain), rtol=1e-3, atol=1e-4)
+                assert not linear.bias.any()
 
 
 def test_every_epoch_takes_each_row_once_in_an_order_of_its_own(ppo_moe, monkeypatch):
@@ -751,6 +811,12 @@ def test_no_two_games_share_an_input(ppo_moe, games):
     assert ppo_moe.Agent(args).actor(torch.from_numpy(mine.obs).float(), mine.task).shape == (len(games), 6)
 
 
+def test_masks_follow_the_order_of_the_tasks(ppo_moe):
+    tasks = ("space_invaders", "breakout", "asterix")
+    for row, task in zip(ppo_moe.Agent(ppo_moe.Args(tasks=tasks)).masked, tasks, strict=True):
+        assert (~row).nonzero().squeeze(1).tolist() == list(ppo_moe.MINIMAL[task])
+
+
 def test_a_masked_action_is_never_drawn_and_has_no_gradient_and_no_entropy(ppo_moe):
     """Even where the network prefers it. A task without a mask is as before."""
     args = ppo_moe.Args(actor_moe="baseline", critic_moe="baseline", tasks=("breakout", "seaquest"))
@@ -801,17 +867,18 @@ def test_slots_fill_the_cells_and_a_wide_network_is_as_large_as_the_mixture(ppo_
 
 @pytest.mark.parametrize("gae_lambda", [0.0, 0.9])
 def test_time_limit_is_bootstrapped_and_death_is_not(ppo_moe, monkeypatch, gae_lambda):
-    """The advantages of a rollout are those of a plain loop over each game, backwards."""
+    """The advantages of a rollout are those of a plain loop over each game, backwards. Each task has its networks."""
     pytest.importorskip("minatar")
     monkeypatch.setattr(ppo_moe, "TIME_LIMIT", 7)
-    args = ppo_args(ppo_moe, "baseline", tasks=("breakout",), gae_lambda=gae_lambda)
-    agent, games = ppo_moe.Agent(args), ppo_moe.Games(["breakout"] * 3, args)
+    changes = dict(router="hardcoded", num_experts=2, gae_lambda=gae_lambda)
+    args = ppo_args(ppo_moe, "all", tasks=("breakout", "asterix"), **changes)
+    tasks = ["asterix", "breakout", "breakout"]
+    agent, games, again = ppo_moe.Agent(args), ppo_moe.Games(tasks, args), ppo_moe.Games(tasks, args)
     batch, episodes = ppo_moe.rollout(agent, games, 30, args)
-    again = ppo_moe.Games(["breakout"] * 3, args)
     ends, steps = [], {}
 
     def value(i):
-        return agent.critic(torch.from_numpy(again.obs[i : i + 1]).float(), batch.task[:1]).item()
+        return agent.critic(torch.from_numpy(again.obs[i : i + 1]).float(), torch.tensor([[1, 0, 0][i]])).item()
 
     for t in range(30):
         for i in range(3):
@@ -821,7 +888,7 @@ def test_time_limit_is_bootstrapped_and_death_is_not(ppo_moe, monkeypatch, gae_l
             reward, terminated, truncated = again.play(i, int(batch.action[row]))
             steps[t, i] = v, reward + args.gamma * (not terminated) * value(i), terminated or truncated
             if terminated or truncated:
-                ends.append((0, again.returns[i], len(again.played[i])))
+                ends.append(([1, 0, 0][i], again.returns[i], len(again.played[i])))
         for i in range(3):  # a new episode has the next number
             if steps[t, i][2]:
                 again.start(i, max(again.episodes) + 1)
@@ -876,6 +943,8 @@ def test_ppo_losses_and_step_by_hand(ppo_moe):
     torch.testing.assert_close(first, actor_loss)
     torch.testing.assert_close(second, critic_loss)
     assert 5 < outside < 35 and metrics["policy/clipped"].item() == pytest.approx(outside / 40)
+    log_ratio = policy.log_prob(action) - old
+    torch.testing.assert_close(metrics["policy/kl"], (log_ratio.exp() - 1 - log_ratio).mean())
 
     plain = [torch.nn.Parameter(p.detach().clone()) for p in agent.parameters()]
     gradients = torch.autograd.grad(actor_loss + critic_loss, list(agent.parameters()))
@@ -957,6 +1026,38 @@ def test_evaluation_of_sac_tells_the_networks_the_task(sac_moe):
         sac_moe.evaluate(agent, envs, args, 0, policy)
     assert len(played[0]) == 8 and len(played[1]) == 10
     assert all(a > 0.99 for a in played[0]) and all(a < -0.99 for a in played[1])
+
+
+def test_returns_are_sums_of_rewards(ppo_moe):
+    """Of games whose every step is worth 2."""
+    pytest.importorskip("minatar")
+    args = ppo_moe.Args(tasks=("breakout", "asterix"), eval_episodes=2)
+    for games in (ppo_moe.Games(["breakout", "asterix"], args), ppo_moe.make_envs(args, evaluation=True)):
+        games.begin(games.tasks, 0)
+        for i, game in enumerate(games.games):
+            act = game.act
+            game.act = lambda a, act=act: (2, act(a)[1])
+            while not any(games.play(i, 0)[1:]):
+                pass
+            assert games.returns[i] == 2 * len(games.played[i]) > 2
+
+
+def test_time_limit_holds_in_evaluations_too(ppo_moe, monkeypatch):
+    pytest.importorskip("minatar")
+    monkeypatch.setattr(ppo_moe, "TIME_LIMIT", 3)
+    args = ppo_moe.Args(tasks=("breakout", "asterix"), eval_episodes=2)
+    rows = ppo_moe.evaluate(ppo_moe.Agent(args), ppo_moe.make_envs(args, evaluation=True), args, 0, "stochastic")
+    assert [row["length"] for row in rows] == [3, 3]
+
+
+def test_evaluation_has_episodes_of_its_own(ppo_moe):
+    pytest.importorskip("minatar")
+    args = ppo_moe.Args(tasks=("asterix",), eval_episodes=20)
+    training, evaluation = ppo_moe.Games(["asterix"] * 20, args), ppo_moe.make_envs(args, evaluation=True)
+    other = ppo_moe.Games(["asterix"] * 20, ppo_moe.Args(tasks=("asterix",), seed=2))
+    for _ in range(60):
+        training.step([0] * 20), evaluation.step([0] * 20), other.step([0] * 20)
+    assert not np.array_equal(training.obs, evaluation.obs) and not np.array_equal(training.obs, other.obs)
 
 
 def test_every_game_is_watched_to_its_end(ppo_moe):

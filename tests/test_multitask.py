@@ -390,6 +390,44 @@ def test_adam_starts_anew_with_each_phase_unless_told_otherwise(tmp_path, monkey
         assert steps == ([0, 1, 2, 3] * 2 if reset else [*range(8)])  # two rollouts of two updates in each phase
 
 
+def test_charts_have_return_and_length_of_each_task(tmp_path, monkeypatch):
+    module, logged = quick("ppo_moe_multitask"), []
+    rollout, log = module.rollout, module.Run.log
+    ended = [(0, 3.0, 10), (0, 5.0, 20), (1, 7.0, 40)]
+    monkeypatch.setattr(module, "rollout", lambda *a: (rollout(*a)[0], ended))
+    monkeypatch.setattr(module.Run, "log", lambda run, metrics: logged.append(metrics) or log(run, metrics))
+    measure_nothing(module, monkeypatch)
+    train(module, tmp_path / "run", total_timesteps=64)
+    found = {key.removeprefix("charts/episodic_"): x for key, x in logged[0].items() if "episodic" in key}
+    assert found == {"return_0": 4.0, "length_0": 15.0, "return_1": 7.0, "length_1": 40.0}
+
+
+def test_no_anneal_lr_keeps_the_learning_rate(tmp_path, monkeypatch):
+    module, rates = quick("ppo_moe_multitask"), []
+    learn = module.learn
+    monkeypatch.setattr(
+        module, "learn", lambda agent, *a: rates.append(agent.optimizers[0].param_groups[0]["lr"]) or learn(agent, *a)
+    )
+    measure_nothing(module, monkeypatch)
+    train(module, tmp_path / "run", total_timesteps=192, anneal_lr=False)
+    assert rates == [5e-3] * 3
+
+
+def test_no_episode_of_a_training_comes_twice(tmp_path, monkeypatch):
+    """Also not when a task comes back: each has its number, and that is its seed."""
+    module, numbers = quick("ppo_moe_multitask"), []
+    start = module.Games.start
+
+    def watch(games, i, number):
+        numbers.extend([] if games.half else [number])  # half: of the evaluations
+        start(games, i, number)
+
+    monkeypatch.setattr(module.Games, "start", watch)
+    measure_nothing(module, monkeypatch)
+    train(module, tmp_path / "run", protocol="continual", cycles=2, total_timesteps=512)
+    assert sorted(numbers) == [*range(len(numbers))] and len(numbers) > 16
+
+
 def test_an_older_file_has_shared_channels_and_all_actions(tmp_path):
     """Files from before these flags mean what they meant."""
     module = quick("ppo_moe_multitask")

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 from test_training import NO_GPU, flags, model, same, start
 
-pytest.importorskip("minatar")
+Environment = pytest.importorskip("minatar").Environment
 SMALL = dict(num_envs=4, num_steps=8, num_minibatches=4, update_epochs=1, time_limit=30, num_threads=1)
 TINY = SMALL | dict(total_timesteps=310, eval_every=160, eval_episodes=2, checkpoint_every=100)
 TINY |= dict(exploration_fraction=0.5)
@@ -220,6 +220,22 @@ def test_a_rollout_bootstraps_from_the_state_behind_a_truncation(pqn):
     assert len(episodes) == 2
 
 
+def test_a_rollout_keeps_every_picture(script):
+    """games.obs is written over by each step: what learns must be what was seen when the action was chosen."""
+    args = script.Args(game="breakout", num_envs=3, num_steps=12, time_limit=5)
+    games, again = script.Games(args, 3), script.Games(args, 3)
+    batch, _ = script.rollout(script.Agent(4, 3, args), games, 1.0, args)
+    for obs, action in zip(batch.obs.unflatten(0, (12, 3)), batch.action.view(12, 3), strict=True):
+        assert np.array_equal(obs.numpy(), again.obs)
+        again.step(action.tolist())
+
+
+@pytest.mark.parametrize("probe", [OneStep, Endless])
+def test_a_rollout_reports_every_episode_that_ended(script, probe):
+    args = script.Args(num_envs=2, num_steps=5)
+    assert script.rollout(script.Agent(1, 2, args), probe(2), 1.0, args)[1] == [(0.0, 1)] * 10
+
+
 def test_update_is_half_the_squared_error_of_the_action_taken(pqn):
     args = pqn.Args(max_grad_norm=0.1)
     agent = pqn.Agent(4, 5, args)
@@ -378,6 +394,22 @@ def test_measure_counts_dormant_units_and_the_effective_rank(pqn):
     assert pqn.measure(Known(), torch.zeros(1)) == {"dormant": 0.25, "rank": 3}
 
 
+def test_dormant_units_are_compared_with_their_own_layer(pqn):
+    """The second layer's values are a thousand times smaller: none of its units sleeps for that."""
+
+    class Known(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.two, self.head = torch.nn.ReLU(), torch.nn.ReLU(), torch.nn.Linear(4, 2)
+
+        def forward(self, obs):
+            self.one(torch.tensor([[1.0, 0.0]]))
+            self.two(torch.tensor([[1e-3, 1e-3]]))
+            return self.head(torch.eye(4))
+
+    assert pqn.measure(Known(), torch.zeros(1))["dormant"] == 0.25
+
+
 def test_measure_takes_an_expert_that_nobody_chooses_as_dormant(moe):
     agent = moe.Agent(4, 5, moe.Args(moe="topk", num_experts=4))
     before = moe.measure(agent.network, torch.rand(8, 10, 10, 4) < 0.3)
@@ -397,6 +429,27 @@ def test_games_follow_gymnax_rules_by_default_and_minatars_by_flags(pqn):
     assert pqn.Games(pqn.Args(game="breakout"), 1).actions == [0, 1, 3]
     games = pqn.Games(pqn.Args(game="breakout", sticky_actions=0.1, minimal_actions=False), 1)
     assert games.actions == [0, 1, 2, 3, 4, 5] and games.games[0].sticky_action_prob == 0.1
+
+
+def test_an_action_is_one_of_the_games_minimal_actions(script):
+    """Breakout's are nothing, left and right, MinAtar's 0, 1 and 3."""
+    for minimal, numbers in ((True, (0, 1, 3)), (False, range(6))):
+        for action, number in enumerate(numbers):
+            games = script.Games(script.Args(game="breakout", minimal_actions=minimal), 1)
+            plain = Environment("breakout", 0.0)
+            plain.seed(games.first_seed), plain.reset()
+            for _ in range(3):
+                games.play(0, action), plain.act(number)
+            assert np.array_equal(games.obs[0], plain.state()), (minimal, action)
+
+
+def test_returns_are_sums_of_rewards(pqn):
+    games = pqn.Games(pqn.Args(game="breakout", time_limit=20), 1)
+    act, steps = games.games[0].act, []
+    games.games[0].act = lambda a: (2, act(a)[1])
+    while not (ended := games.step([0])[3]):
+        steps.append(1)
+    assert ended[0][2] == (2 * (len(steps) + 1), len(steps) + 1) and steps
 
 
 def test_the_time_limit_truncates_and_an_end_terminates(pqn):
@@ -444,6 +497,24 @@ def test_evaluation_has_episodes_of_its_own(pqn):
     for _ in range(60):
         training.step([0] * 20), evaluation.step([0] * 20), other.step([0] * 20)
     assert not np.array_equal(training.obs, evaluation.obs) and not np.array_equal(training.obs, other.obs)
+
+
+def test_time_limit_holds_in_evaluations_too(pqn):
+    args = pqn.Args(eval_episodes=3, time_limit=3)
+    assert pqn.evaluate(pqn.Agent(4, 5, args), args, 0, "stochastic")["length"] == 3
+
+
+def test_a_row_is_the_mean_of_its_episodes(script, monkeypatch):
+    def play(games, i, action):
+        games.played[i].append(action)
+        games.returns[i] = (1.0, 2.0, 6.0)[i]
+        return 0.0, len(games.played[i]) == i + 2, False
+
+    monkeypatch.setattr(script.Games, "play", play)
+    args = script.Args(eval_episodes=3)
+    row = script.evaluate(script.Agent(4, 5, args), args, 0, "stochastic")
+    assert (row["return"], row["length"]) == (3.0, 3.0)
+    assert row["return_std"] == pytest.approx((14 / 3) ** 0.5, abs=1e-4)
 
 
 # Whole runs
@@ -496,6 +567,32 @@ def test_tensorboard_has_the_curves(script, finished):
     assert rates == pytest.approx([5e-4 * (1 - 32 * i / 310) for i in range(10)])
     epsilons = [max(0.05, 1 - 0.95 * (32 * i / 310) / 0.5) for i in range(10)]
     assert [e.value for e in events.Scalars("charts/epsilon")] == pytest.approx(epsilons)
+
+
+def test_epsilon_and_the_learning_rate_are_those_that_are_logged(script, tmp_path, monkeypatch):
+    act, learn, epsilons, rates = script.Agent.act, script.learn, [], []
+
+    def watch(agent, obs, epsilon):
+        epsilons.extend([epsilon] * (len(obs) == 4 and epsilon > 0))  # four games play, two evaluate
+        return act(agent, obs, epsilon)
+
+    def watch_learning(agent, *arguments):
+        rates.append(agent.optimizers[0].param_groups[0]["lr"])
+        return learn(agent, *arguments)
+
+    monkeypatch.setattr(script.Agent, "act", watch)
+    monkeypatch.setattr(script, "learn", watch_learning)
+    train(script, tmp_path / "run")
+    assert rates == pytest.approx([5e-4 * (1 - 32 * i / 310) for i in range(10)])
+    assert epsilons == pytest.approx([max(0.05, 1 - 0.95 * (32 * i / 310) / 0.5) for i in range(10) for _ in range(8)])
+
+
+def test_charts_have_the_mean_return_and_length(script, tmp_path, monkeypatch):
+    rollout, log, logged = script.rollout, script.Run.log, []
+    monkeypatch.setattr(script, "rollout", lambda *a: (rollout(*a)[0], [(3.0, 10), (5.0, 20)]))
+    monkeypatch.setattr(script.Run, "log", lambda run, metrics: logged.append(metrics) or log(run, metrics))
+    train(script, tmp_path / "run", total_timesteps=32)
+    assert (logged[0]["charts/episodic_return"], logged[0]["charts/episodic_length"]) == (4.0, 15.0)
 
 
 def test_saved_model_and_policy_evaluate_as_in_training(script, finished, tmp_path, capsys):
