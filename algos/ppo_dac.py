@@ -332,7 +332,7 @@ def learn(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
 
 
 def passes(agent: Agent, batch: Batch, args: Args, mdp: str, epochs: int) -> dict[str, torch.Tensor]:
-    """Passes of updates on shuffled minibatches. Returns the means of what update() returns, and the KL divergence."""
+    """Passes of updates on shuffled minibatches. Returns the means of what update() returns, KL and the share clipped."""
     metrics = []
     for _ in range(epochs):
         rows = torch.randperm(len(batch.obs)).view(args.num_minibatches, -1).to(args.device)
@@ -732,7 +732,7 @@ class Run:
         return step // every > (step - self.size) // every or step >= self.args.total_timesteps
 
     def log(self, metrics: dict) -> float:
-        """Writes curves for TensorBoard. Returns the environment steps per second of this process."""
+        """Writes curves for TensorBoard. Returns the environment steps per second since this process began."""
         speed = (self.step - self.first[0]) / (time.perf_counter() - self.first[1])
         for key, value in (metrics | {"charts/SPS": speed}).items():
             self.writer.add_scalar(key, value, self.step)

@@ -523,7 +523,7 @@ class Run:
             raise SystemExit(128 + SIGNALS[0])
 
     def log(self, metrics: dict) -> float:
-        """Writes curves for TensorBoard. Returns the environment steps per second of this process."""
+        """Writes curves for TensorBoard. Returns the environment steps per second since this process began."""
         speed = (self.step - self.first[0]) / (time.perf_counter() - self.first[1])
         for key, value in (metrics | {"charts/SPS": speed}).items():
             self.writer.add_scalar(key, value, self.step)

@@ -32,4 +32,5 @@ def test_a_committed_policy_acts_as_recorded(row):
     if policies.machine() == row["machine"]:
         assert first == recorded
     else:
-        assert first == pytest.approx(recorded, rel=0.5, abs=200)
+        smooth = row["file"].startswith("TargetReaching")  # the same digits on AVX2 and AVX512; arriving is worth 100
+        assert first == pytest.approx(recorded, rel=0 if smooth else 0.5, abs=20 if smooth else 200)

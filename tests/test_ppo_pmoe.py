@@ -334,6 +334,25 @@ def test_equal_experts_are_one(ppo_pmoe):
     torch.testing.assert_close(actor.log_prob(mean, log_w, batch.action), expected)
 
 
+def test_what_an_update_logs_by_hand(ppo_pmoe, monkeypatch):
+    args = ppo_pmoe.Args(num_experts=3, selection="means")
+    torch.manual_seed(0)
+    agent, batch = ppo_pmoe.Agent(3, 2, args), make_batch(ppo_pmoe)
+    agent.actor.mean.b.data.normal_()
+    for optimizer in agent.optimizers:
+        monkeypatch.setattr(optimizer, "descend", lambda loss: None)
+    metrics = ppo_pmoe.update(agent, batch, args)
+    mean, log_w, _ = agent.actor(batch.obs)
+    wins = F.one_hot(agent.q(batch.obs, mean).argmax(1), 3)
+    expected = {
+        "policy/entropy": -agent.actor.log_prob(mean, log_w, batch.action).mean(),
+        "losses/q": (agent.q(batch.obs, batch.action) - batch.target).square().mean(),
+        "losses/gate": (log_w.exp() - wins).square().mean(),
+    }
+    for key, value in expected.items():
+        torch.testing.assert_close(metrics[key], value.detach(), msg=key)
+
+
 def test_diagnostics_by_hand(ppo_pmoe):
     actor = ppo_pmoe.Agent(3, 2, ppo_pmoe.Args(num_experts=2)).actor
     actor.mean.w.data.zero_()

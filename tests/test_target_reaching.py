@@ -422,6 +422,18 @@ def test_random_layout_is_new_in_each_episode():
     np.testing.assert_array_equal(first, again)
 
 
+def test_numbers_of_a_random_layout_are_independent():
+    """x and y, and one obstacle and the next: the distribution of each alone does not tell."""
+    env = TargetReachingVec(2000, num_obstacles=2)
+    env.reset(seed=0)
+    world = env._world
+    numbers = np.concatenate([world.target, world.obstacles.reshape(2000, 4), world.radii], axis=1)
+    assert np.abs(np.corrcoef(numbers.T) - np.eye(8)).max() < 0.15
+    env = TargetReachingVec(1000, num_obstacles=50)  # most draws cover start or target, and are drawn again as a whole:
+    env.reset(seed=0)
+    assert env._world.target.mean() > 1.55  # in the middle of the arena are more discs
+
+
 # === the vectorised form ===
 
 
