@@ -258,7 +258,7 @@ def prepare(agent: Agent, rollout: Rollout, args: Args) -> Batch:
 
 
 def learn(agent: Agent, batch: Batch, args: Args) -> dict[str, torch.Tensor]:
-    """Passes of updates on shuffled minibatches. Returns the means of what update() returns, KL and the share clipped."""
+    """Passes of updates on shuffled minibatches. Returns means of what update() returns, KL and the share clipped."""
     metrics = []
     for _ in range(args.update_epochs):
         rows = torch.randperm(len(batch.obs)).view(args.num_minibatches, -1).to(args.device)

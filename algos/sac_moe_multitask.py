@@ -100,7 +100,7 @@ class Args:
     num_threads: int | None = None  # CPU threads of PyTorch (default: OMP_NUM_THREADS, or else 2)
     matmul_precision: Literal["highest", "high", "medium"] = "highest"  # torch.set_float32_matmul_precision
     # SAC
-    learning_starts: int = 10_000  # uniformly random steps before the first update
+    learning_starts: int = 10_000  # uniformly random steps of each task, before it is learned
     buffer_size: int = 1_000_000  # transitions in the replay
     update_every: int = 1  # environment steps per update
     batch_size: int = 256  # transitions per update

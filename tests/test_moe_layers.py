@@ -435,6 +435,30 @@ def test_measure_of_sac_has_the_routers_of_one_critic(sac_moe):
         assert [value_of(rows, network="critic", metric="router2", task=task, item=i) for i in range(3)] == [0, 1, 0]
 
 
+def test_measure_of_sac_has_the_means_of_two_critics(sac_moe, monkeypatch):
+    """One sees no difference between states and is sure of its expert, the other is neither."""
+    monkeypatch.setattr(sac_moe, "SAMPLES", 64)
+    args = sac_args(sac_moe, "middle", tasks=2)
+    agent, buffers = fill(sac_moe, args)
+    one, other = agent.critic.networks
+    one.layers[0][0].weight.data.zero_()
+    one.layers[0][0].bias.data.fill_(1.0)
+    one.layers[1].phi.data[:, 0] = 100.0
+    other.layers[1].phi.data.zero_()
+    rows = sac_moe.measure(agent, args, 0, parts_of(buffers))
+    torch.manual_seed(args.seed)
+    _, inputs, _ = sac_moe.probe(agent, args, parts_of(buffers))
+    features = [x for _, _, x in sac_moe.look_inside(agent.critic, inputs["critic"])]
+    ranks, norms = zip(*((sac_moe.effective_rank(x), x.norm(dim=1).mean().item()) for x in features), strict=True)
+    assert ranks[0] == 1 < ranks[1] and value_of(rows, network="critic", metric="rank") == sum(ranks) / 2
+    assert norms[0] != pytest.approx(norms[1], rel=0.1)
+    assert value_of(rows, network="critic", metric="norm") == pytest.approx(sum(norms) / 2, rel=1e-4)
+    for task in (0, 1):
+        assert value_of(rows, network="critic", metric="entropy2", task=task) == pytest.approx(
+            math.log(4) / 2, abs=1e-3
+        )
+
+
 @pytest.mark.parametrize("router, gain", [("softmoe", 1), ("softmoe", 9), ("topk", 9)])
 def test_a_dormant_neuron_has_a_small_value_whatever_its_experts_weight(either, router, gain):
     """The experts are alike, their weights are not: no neuron is dormant unless its expert is never chosen."""
@@ -689,6 +713,49 @@ def test_one_task_without_experts_is_sac(sac, sac_moe):
         torch.testing.assert_close(mine.critic_target.networks[i].layers[1][0].weight.T, plain.critic_target.w2[i])
     torch.testing.assert_close(mine.actor.network.layers[2].weight, plain.actor.head.weight)
     torch.testing.assert_close(mine.log_alpha[0], plain.log_alpha)
+
+
+def test_first_networks_policies_and_step_sizes_of_sac(sac_moe):
+    """What test_sac.py asks of the other scripts."""
+    args = sac_args(sac_moe, "baseline", tasks=2, policy_lr=1e-4, q_lr=2e-3, tau=0.3, alpha_init=0.3)
+    agent, buffers = fill(sac_moe, args)
+    one, other = (list(network_.parameters()) for network_ in agent.critic.networks)
+    assert not any(map(torch.equal, one, other))  # or the smaller of two would be no lower bound
+    before = {key: value.clone() for key, value in agent.state_dict().items()}
+    for key in (key for key in before if key.startswith("critic.")):
+        assert torch.equal(before[key], before[key.replace("critic.", "critic_target.")])
+
+    obs, task = torch.randn(5, 3), torch.arange(5) % 2
+    mean, log_std = agent.actor(obs, task)
+    for policy, u in (("deterministic", mean), ("stochastic", None)):
+        torch.manual_seed(0)
+        action = agent.actor.act(obs, task, policy)
+        torch.manual_seed(0)
+        u = mean + log_std.exp() * torch.randn(5, 2) if u is None else u
+        torch.testing.assert_close(action, u.tanh())
+    torch.manual_seed(0)
+    first, second, third = (
+        agent.act(obs[0].numpy(), 0, *policy) for policy in ((), ("stochastic",), ("deterministic",))
+    )
+    torch.manual_seed(0)
+    assert np.array_equal(first, agent.act(obs[0].numpy(), 0, "stochastic")) and not np.array_equal(first, third)
+
+    batch, task = sac_moe.draw_batch(buffers, [0, 1], 16)
+    error = agent.critic(batch.obs, batch.action, task) - batch.reward
+    short = sac_moe.dataclasses.replace(args, gamma=0.0)
+    torch.testing.assert_close(sac_moe.critic_loss_of(agent, batch, task, short), error.square().mean(1).sum())
+    metrics = sac_moe.update(agent, batch, task, args)
+    after = agent.state_dict()
+    for part, size in (("actor.", 1e-4), ("critic.", 2e-3), ("log_alpha", 2e-3)):  # Adam's first step
+        moved = [(after[key] - before[key]).abs().max().item() for key in before if key.startswith(part)]
+        assert max(moved) == pytest.approx(size, rel=0.01), part
+    for key in (key for key in before if key.startswith("critic_target.")):
+        torch.testing.assert_close(after[key], torch.lerp(before[key], after[key.replace("_target", "")], 0.3))
+    assert before["log_alpha"].tolist() == pytest.approx([math.log(0.3)] * 2)
+    assert [metrics[f"policy/alpha_{t}"].item() for t in (0, 1)] == pytest.approx(after["log_alpha"].exp().tolist())
+    for value, bound in ((-60.0, -20.0), (60.0, 2.0)):
+        agent.actor.network.layers[2].bias.data[2:] = value
+        assert (agent.actor(obs, torch.arange(5) % 2)[1] == bound).all()
 
 
 def test_each_task_has_its_own_temperature(sac_moe):

@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import ALGOS, MULTITASK, load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_sac import QUARTER, Echo
 from test_training import NO_GPU, break_weights, model, same, start
 
 pytest.importorskip("minatar")
@@ -339,7 +340,7 @@ def test_sac_plays_the_tasks_as_scheduled(tmp_path, monkeypatch):
             assert saved[f"env_{task}"]["episode"] == 2
 
 
-def test_continual_sac_learns_from_the_running_task_only_and_starts_each_at_random(tmp_path, monkeypatch):
+def test_continual_sac_learns_from_the_running_task_only_and_gives_each_its_random_steps(tmp_path, monkeypatch):
     module = quick("sac_moe_multitask")
     learned, draw = [], module.draw_batch
     monkeypatch.setattr(module, "draw_batch", lambda b, tasks, size: learned.append(tasks) or draw(b, tasks, size))
@@ -349,6 +350,62 @@ def test_continual_sac_learns_from_the_running_task_only_and_starts_each_at_rand
     assert learned == [[0]] * 31 + [[1]] * 31 + [[0]] * 50 + [[1]] * 50  # 20 random steps, of new tasks only
     events = EventAccumulator(str(run)).Reload().Scalars("losses/critic")  # not those of the task before
     assert [e.step for e in events] == [*range(20, 51, 5), *range(70, 201, 5)]
+
+
+class Once(Echo):
+    """Succeeds at its first step, not at its end; the array that reset() returns is changed in place."""
+
+    def step(self, action):
+        *rest, info = super().step(action)
+        return *rest, info | {"success": self.t[0] == 1}
+
+
+def test_sac_acts_stores_logs_and_evaluates_as_told(tmp_path, monkeypatch):
+    """Two tasks of two steps, one terminates, the other is truncated; all that a run keeps against numbers by hand."""
+    module, acted, learned = quick("sac_moe_multitask"), [], []
+    gym.register("Once-v0", Once, max_episode_steps=10)
+
+    def act(actor, obs, task, policy):
+        acted.append((*task.tolist(), policy))
+        return QUARTER
+
+    def update(agent, batch, task, args):
+        learned.append(task.tolist())
+        return {"losses/critic": len(learned)}
+
+    sizes, buffer = [], module.ReplayBuffer
+    monkeypatch.setattr(module.Actor, "act", act)
+    monkeypatch.setattr(module, "update", update)
+    monkeypatch.setattr(module, "ReplayBuffer", lambda size, *shape: sizes.append(size) or buffer(size, *shape))
+    settings = dict(tasks=("Once-v0", "Once-v0?terminates=false"), seed=2, total_timesteps=60, eval_every=60)
+    run = train(module, tmp_path / "run", **settings, update_every=1, eval_episodes=3)  # 20 random steps of each
+    assert learned == [[0] * 4 + [1] * 4] * 22 and sizes == [500, 500]
+    assert acted == [(t, "stochastic") for t in [0, 1] * 10] + [
+        (t, policy) for policy in ("deterministic", "stochastic") for t in (0, 1) for _ in range(6)
+    ]
+    events = EventAccumulator(str(run), {"scalars": 0}).Reload()
+    assert [(e.step, e.value) for e in events.Scalars("losses/critic")] == [(60, 22)]
+    saved, table = torch.load(run / "checkpoint.pt", weights_only=True), rows_of(run / "eval.csv")
+    for t in (0, 1):
+
+        def drawn(first, episodes, t=t):
+            return 10 * np.array([gym.utils.seeding.np_random(first + 2 * i + t)[0].random(2) for i in range(episodes)])
+
+        obs, reward, terminated, next_obs, action = saved[f"buffer_{t}"]["rows"].T
+        assert torch.equal(obs, torch.arange(30.0) % 2) and torch.equal(next_obs, obs + 1)
+        assert torch.equal(terminated, obs * (t == 0))
+        assert (action[20:] == 0.25).all() and -1 <= action[:20].min() < -0.5 and 0.5 < action[:20].max() <= 1
+        expected = torch.tensor(drawn(200_006, 15).ravel(), dtype=torch.float32) + 2 * action
+        torch.testing.assert_close(reward, expected)
+        returns, lengths = (events.Scalars(f"charts/episodic_{name}_{t}") for name in ("return", "length"))
+        assert [e.value for e in returns] == pytest.approx(expected.view(15, 2).sum(1).tolist(), rel=1e-5)
+        assert [e.value for e in lengths] == [2] * 15
+        returns = drawn(2**30 + 200_006, 3).sum(1) + 1
+        for row in (row for row in table if row["task"] == f"{t}"):
+            found = [float(row[key]) for key in ("return", "return_std", "length", "success", "success_once")]
+            assert found == pytest.approx([returns.mean(), returns.std(), 2, 0, 1], abs=1e-4)
+    torch.manual_seed(2)  # update() does nothing here: the first weights
+    assert same(model(run), module.Agent(1, 1, module.Args(**saved["args"])).state_dict())
 
 
 def test_ppo_plays_the_tasks_as_scheduled(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import math
 from copy import deepcopy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -226,6 +227,9 @@ def test_gradients_against_quadrature(gmm, entropy):
 def test_gumbel_temperature_matters_to_the_gate_alone(gmm):
     one, other = (draws(gmm, 1000, gradient="gumbel", gumbel_temperature=x) for x in (1.0, 0.3))
     assert not one[0].isclose(other[0]).all(1).any() and one[1].allclose(other[1])
+    flags = dict(gradient="gumbel", entropy="component")  # of the mixture's log pi a part has no temperature
+    one, other = (draws(gmm, 1000, gumbel_temperature=x, **flags)[0] for x in (1e4, 2e4))
+    assert (one.abs().sum() / other.abs().sum()).item() == pytest.approx(2, rel=0.01)
 
 
 @pytest.mark.parametrize("entropy", ["mixture", "component"])
@@ -397,6 +401,28 @@ def test_diagnostics(name):
     assert found["moe/gate_entropy"] == pytest.approx(-sum(x * math.log(x) for x in share))
     assert found["moe/expert_distance"] == pytest.approx(2 * math.tanh(1), rel=1e-5)
     assert found["policy/std"] == pytest.approx(1.25**-0.5 if name == "sac_mcp" else 1.0)
+
+
+@pytest.mark.parametrize("name", ["sac_pmoe", "sac_gmm", *AVERAGING])
+def test_diagnostics_of_states_and_experts_that_differ(name):
+    """Means over states, experts and pairs of experts; the gate's entropy is that of a state, not of the mean gate."""
+    script, flags = script_and_flags(name)
+    args = script.Args(num_experts=3, **flags)
+    torch.manual_seed(0)
+    agent, batch = script.Agent(3, 2, args), make_batch(script)
+    for layer in (agent.actor.head, agent.actor.gate):
+        layer.weight.data.mul_(20)
+    actor = deepcopy(agent.actor)
+    found = {key: value.item() for key, value in script.update(agent, batch, args).items()}
+    with torch.no_grad():
+        mean, _, w = getattr(actor, "experts", actor)(batch.obs)
+        w, log_std = w if name == "sac_pmoe" else w.exp(), actor(batch.obs)[1]
+    p, a = w / w.sum(1, keepdim=True), mean.tanh()
+    distances = [(a[:, i] - a[:, j]).square().sum(1).sqrt().mean().item() for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert [found[f"moe/usage_{k}"] for k in range(3)] == pytest.approx(w.mean(0).tolist(), rel=1e-4)
+    assert found["moe/gate_entropy"] == pytest.approx(-(p * p.log()).sum(1).mean().item(), rel=1e-4)
+    assert found["moe/expert_distance"] == pytest.approx(np.mean(distances), rel=1e-4)
+    assert found["policy/std"] == pytest.approx(log_std.exp().mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("entropy", ["mixture", "component"])
