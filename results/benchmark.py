@@ -43,59 +43,23 @@ HALFCHEETAH += " --learning-starts 5000 --alpha-init 1 --num-threads 1"  # the u
 
 
 def moe_suites() -> dict[str, Suite]:
-    """Mixture-of-experts layers against a baseline that is the same code without experts.
+    """SAC with mixture-of-experts layers on several tasks, against a baseline that is the same code without experts.
 
-    topk and hardcoded routing have per-sample tokens in the middle layer: with 64 tokens per sample it takes several
-    times as long as all the rest. The eight experts of target reaching have together as many parameters as the
-    baseline, since there every expert computes every sample.
+    All have about as many parameters as the baseline, for here every expert computes every sample.
     """
-    minatar, reaching, order, slots = {}, {}, {}, {}
-    kinds = ["baseline", *(f"{r}-{a}" for a in ("middle", "big") for r in ("softmoe", "topk", "hardcoded"))]
-    kinds.append("softmoe-middle-persamp")  # against the other routers in the same place, which have such tokens
-    for protocol in ("multitask", "continual"):
-        for kind in kinds:
-            router, _, architecture = kind.removesuffix("-persamp").rpartition("-")
-            flags = f"--protocol {protocol} --actor-moe {architecture} --critic-moe {architecture}"
-            flags += f" --router {router}" * bool(router)
-            if protocol == "multitask" and kind in ("baseline", "softmoe-big", "hardcoded-big"):
-                reaching[f"multitask-{kind}"] = f"sac_moe_multitask {flags}"
-                if kind != "softmoe-big":  # who does not see which task it is cannot tell the inverted ones
-                    reaching[f"multitask-{kind}-blind"] = f"sac_moe_multitask {flags} --no-task-id"
-            flags += " --tokens persamp" * (kind.endswith("-persamp") or kind in ("topk-middle", "hardcoded-middle"))
-            minatar[f"{protocol}-{kind}"] = f"ppo_moe_multitask {flags}"
-            if kind == "softmoe-middle":  # the papers' number of slots, at four times the time
-                slots[f"{protocol}-{kind}-slots"] = f"ppo_moe_multitask {flags} --slots 22"
-            if protocol == "continual" and kind in ("baseline", "softmoe-big", "hardcoded-big"):
-                order[f"continual-{kind}"] = f"ppo_moe_multitask {flags} --tasks asterix breakout space_invaders"
-    for label in reaching:
-        reaching[label] += " --match-params" * ("big" in label)
-    shared = "--tasks target-reaching-inverted --num-experts 8 --update-every 4 --learning-starts 2500 --num-threads 1"
-    return {
-        "moe-minatar": Suite(
-            "MinAtar-3-games",
-            "--num-experts 3 --total-timesteps 3024000 --num-threads 1 --channels shared --actions all",  # 375 rollouts
-            range(1, 4),
-            minatar,
-        ),
-        "moe-minatar-slots": Suite(
-            "MinAtar-3-games",
-            "--num-experts 3 --total-timesteps 3024000 --num-threads 1 --channels shared --actions all",
-            range(1, 4),
-            slots,
-        ),
-        "moe-minatar-order": Suite(
-            "MinAtar-3-games-reversed",
-            "--num-experts 3 --total-timesteps 3024000 --num-threads 1 --channels shared --actions all",
-            range(1, 4),
-            order,
-        ),
-        "moe-target-reaching": Suite(
-            "TargetReaching-v0-8-tasks",
-            f"{shared} --total-timesteps 320000 --eval-every 20000 --checkpoint-every 20000",
-            range(1, 4),
-            reaching,
-        ),
-    }
+    runs = {}
+    for kind in ("baseline", "softmoe-big", "hardcoded-big"):
+        router, _, architecture = kind.rpartition("-")
+        flags = f"--protocol multitask --actor-moe {architecture} --critic-moe {architecture}"
+        flags += f" --router {router}" * bool(router)
+        runs[f"multitask-{kind}"] = f"sac_moe_multitask {flags}"
+        if kind != "softmoe-big":  # who does not see which task it is cannot tell the inverted ones
+            runs[f"multitask-{kind}-blind"] = f"sac_moe_multitask {flags} --no-task-id"
+    for label in runs:
+        runs[label] += " --match-params" * ("big" in label)
+    flags = "--tasks target-reaching-inverted --num-experts 8 --update-every 4 --learning-starts 2500 --num-threads 1"
+    flags += " --total-timesteps 320000 --eval-every 20000 --checkpoint-every 20000"
+    return {"moe-target-reaching": Suite("TargetReaching-v0-8-tasks", flags, range(1, 4), runs)}
 
 
 SUITES = {

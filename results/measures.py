@@ -49,7 +49,6 @@ def area(data: Data, column: str) -> pd.DataFrame:
     """Area under the learning curve divided by the steps: the mean of the evaluations, which are equally far apart.
 
     Those before the first update do not count.
-    In MinAtar-3-games not quite: two stand almost together at the end, and two at the second switch of a continual run.
     """
     evals = own_phase(data, evaluations(data))
     evals = evals[evals.global_step > data.args().get("learning_starts", 0)]

@@ -45,7 +45,7 @@ def by_hand(name: str) -> list[str]:
 
 
 def page_of(folder: str) -> str:
-    """`Hopper-v5-ppo-kl` -> `Hopper-v5`, `MinAtar-3-games` -> `MinAtar`."""
+    """`Hopper-v5-ppo-kl` -> `Hopper-v5`, `MinAtar-own` -> `MinAtar`."""
     return re.match(r".*-v\d+|[^-]*", folder)[0]
 
 

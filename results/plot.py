@@ -17,8 +17,7 @@ import pages
 from reading import Data, kind, natural, read
 
 TASKS = ("Hopper", "Walker2d", "HalfCheetah", "Ant", "Humanoid", "HumanoidStandup")  # the paper's
-MINATAR = ("MinAtar-own", "MinAtar-3-games")  # the first that has runs
-FLOWN = ("TargetReaching-v0-penalty10", "TargetReaching-v0-fixed")  # likewise
+FLOWN = ("TargetReaching-v0-penalty10", "TargetReaching-v0-fixed")  # the first that has runs
 OTHERS = ("-noise.png", "-primitives.png", "gradients.png")  # by scripts of their own, from saved policies
 KINDS = ("baseline", "softmoe-big", "hardcoded-big")
 
@@ -33,10 +32,7 @@ def overviews(data: Data, figures: Path):
         part = data.of(folder)
         if maps.paths(part, ["sac", "sac_pmoe-all", "sac_pmoe"], {"sac_pmoe": 2}, figures / "paths.png", one_row=True):
             break
-    for folder in MINATAR:
-        if len(data.of(folder).runs):
-            minatar(data.of(folder), figures)
-            break
+    minatar(data.of("MinAtar-own"), figures)
 
 
 def minatar(data: Data, figures: Path):

@@ -553,7 +553,7 @@ def small_set(root):
         write_csv(mix / "scalars.csv", "global_step,moe/expert_distance,policy/std", ["0,0,1", f"1000,{seed / 4},0.3"])
         for label, experts in (("baseline", ()), ("softmoe-big", ("actor", "critic"))):
             for protocol in ("multitask", "continual"):
-                make_run_of_tasks(root, f"{protocol}-{label}", seed, experts, "MinAtar-3-games")
+                make_run_of_tasks(root, f"{protocol}-{label}", seed, experts, "MinAtar-own")
     mirror = make_run(root, "TargetReaching-v0-mirror", "sac_pmoe", gate=True, num_experts=2, success=1.0)
     write_csv(mirror / "sides.csv", SIDES, [f"stochastic,100,1.0,40,60,0.9710{START}", "gate,100,1.0,0,100,0.0,,,,"])
     head = "step,q_left,q_right,alpha,p_left,modes,modes_u,gate,success,left,right"
@@ -584,7 +584,7 @@ def test_plot_writes_figures_and_pages_and_repeats_to_the_byte(tmp_path, monkeyp
     (tmp_path / "figures" / "old.png").touch()  # of a suite that is gone
     (tmp_path / "figures" / "gradients.png").touch()  # of a script of its own
     (tmp_path / "old.md").write_text(pages.MADE)
-    for name in ("MinAtar-3-games", "TargetReaching-v0-fixed", "TargetReaching-v0-mirror"):
+    for name in ("MinAtar-own", "TargetReaching-v0-fixed", "TargetReaching-v0-mirror"):
         shutil.rmtree(tmp_path / "runs" / name)
     second, texts = write(), {"README.md", "claims.md"}
     gone = ("MinAtar", "TargetReaching", "paths")
@@ -598,7 +598,7 @@ def test_plot_writes_figures_and_pages_and_repeats_to_the_byte(tmp_path, monkeyp
     figures |= {"HalfCheetah-v5-experts", "HalfCheetah-v5-experts-number"}
     figures |= {"TargetReaching-v0-mirror", "TargetReaching-v0-mirror-history"}
     figures |= {f"TargetReaching-v0-fixed{part}" for part in ("", "-paths", "-cells")}
-    kinds = [f"MinAtar-3-games-{protocol}-big" for protocol in ("multitask", "continual")]
+    kinds = [f"MinAtar-own-{protocol}-big" for protocol in ("multitask", "continual")]
     figures |= {f"{kind}{part}" for kind in kinds for part in ("", "-networks", "-routers")}
     assert first.keys() == {f"{p}.md" for p in ("README", "claims", *environments)} | {f"{f}.png" for f in figures}
     text = {name: first[f"{name}.md"].decode() for name in ("README", *environments)}
