@@ -493,10 +493,13 @@ def on_ray(jobs: list[tuple], options: argparse.Namespace) -> Iterator[tuple[Pat
 
 
 def keep_policy(run_dir: Path):
-    """Copies policy.pt to results/policies: seed 1, on Hopper every seed; sac_pmoe's first with the critics."""
+    """Copies policy.pt to results/policies: seed 1, on Hopper every seed; sac_pmoe's first with the critics.
+
+    Those of more than a megabyte would make the repository large; of MinAtar, mixtures of three networks.
+    """
     (environment, label, seed), folder = run_dir.parts[-3:], REPOSITORY / run_dir
     source = folder / "policy.pt"
-    if not source.exists() or seed != "s1" and not environment.startswith("Hopper"):
+    if not source.exists() or seed != "s1" and not environment.startswith("Hopper") or source.stat().st_size > 1e6:
         return
     target = REPOSITORY / "results" / "policies" / environment / label / f"{seed}.pt"
     target.parent.mkdir(parents=True, exist_ok=True)
