@@ -926,6 +926,17 @@ def test_benchmark_writes_what_is_missing_beside_a_run(tmp_path, monkeypatch):
         assert benchmark.extras(run_dir) and made == expected
 
 
+def test_benchmark_keeps_small_policies_of_first_seeds_and_all_of_hopper(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "REPOSITORY", tmp_path)
+    kept = {"E/a/s1": (10**6, True), "E/b/s1": (10**6 + 1, False), "E/a/s2": (9, False), "Hopper-v5/a/s2": (9, True)}
+    for name, (size, expected) in kept.items():
+        folder = tmp_path / benchmark.RUNS / name
+        folder.mkdir(parents=True)
+        (folder / "policy.pt").write_bytes(bytes(size))
+        benchmark.keep_policy(benchmark.RUNS / name)
+        assert (tmp_path / "results" / "policies" / f"{name}.pt").exists() == expected, name
+
+
 def test_benchmark_leaves_a_run_alone_that_another_process_holds(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "REPOSITORY", tmp_path)
     command = ["sleep", "5"]
