@@ -26,7 +26,7 @@ PAGE = """<!-- python results/policies.py makes this page -->
 # Policies
 
 What finished runs left: the actor and the flags. Seed 1 of every label, not the best one; of Hopper every seed. Runs
-from before policies were kept left none.
+from before policies were kept left none, and those of more than a megabyte are not here.
 
 ```bash
 python algos/SCRIPT.py --evaluate results/policies/FILE --video    # JSON and a GIF beside the file
