@@ -19,7 +19,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ALGOS, SCRIPTS
+from conftest import ALGOS, SCRIPTS, check_video_faults
 from processes import Started
 from tensorboard.summary.writer.record_writer import RecordWriter
 from test_training import TINY, family, flags, model, same, start, train
@@ -383,23 +383,8 @@ def test_more_than_memory_is_refused_by_ppo(ppo_pmoe, tmp_path, flag, capsys):
 def test_a_video_that_cannot_be_written_or_is_interrupted(base, tmp_path, monkeypatch, capsys):
     env_id = "moe_envs:TargetReaching-v0?layout=fixed"
     run = train(base, tmp_path / "run", env_id=env_id, total_timesteps=160, eval_episodes=1)
-    film, gif = flags(evaluate=str(run), eval_episodes=1, video=True), run / "video.gif"
-    gif.mkdir()
-    with pytest.raises(SystemExit) as stop:
-        base.main(film)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and f"cannot write {gif}" in error and "make room" in error
-    gif.rmdir()
-    evaluate = base.evaluate
-
-    def interrupt(agent, env, args, step, policy, *watch):
-        base.SIGNALS.extend([signal.SIGINT] * len(watch))
-        return evaluate(agent, env, args, step, policy, *watch)
-
-    monkeypatch.setattr(base, "evaluate", interrupt)
-    with pytest.raises(SystemExit) as stop:
-        base.main(film)
-    assert stop.value.code == 130 and not gif.exists()
+    film = flags(evaluate=str(run), eval_episodes=1, video=True)
+    check_video_faults(base, film, run / "video.gif", monkeypatch, capsys)
 
 
 def test_an_evaluation_that_cannot_be_written_says_what_helps(base, tmp_path, monkeypatch, capsys):

@@ -19,7 +19,7 @@ import PIL.Image
 import PIL.ImageSequence
 import pytest
 import torch
-from conftest import ALGOS, MULTITASK, load
+from conftest import ALGOS, MULTITASK, check_video_faults, load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_sac import QUARTER, Echo
 from test_training import NO_GPU, break_weights, model, same, start
@@ -549,22 +549,7 @@ def test_video_of_sac_shows_every_task(tmp_path, monkeypatch):
 def test_a_video_that_cannot_be_written_or_is_interrupted(module, tmp_path, monkeypatch, capsys):
     tasks = ("moe_envs:TargetReaching-v0",) if module.SCRIPT.startswith("sac") else ("breakout",)
     run = train(module, tmp_path / "run", tasks=tasks, total_timesteps=64)
-    film, gif, evaluate = words(evaluate=run, video=True), run / "video.gif", module.evaluate
-    gif.mkdir()
-    with pytest.raises(SystemExit) as stop:
-        module.main(film)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and f"cannot write {gif}" in error and "make room" in error
-    gif.rmdir()
-
-    def interrupt(agent, envs, args, step, policy, *watch):
-        module.SIGNALS.extend([signal.SIGINT] * len(watch))
-        return evaluate(agent, envs, args, step, policy, *watch)
-
-    monkeypatch.setattr(module, "evaluate", interrupt)
-    with pytest.raises(SystemExit) as stop:
-        module.main(film)
-    assert stop.value.code == 130 and not gif.exists()
+    check_video_faults(module, words(evaluate=run, video=True), run / "video.gif", monkeypatch, capsys)
 
 
 class Film(gym.Env):

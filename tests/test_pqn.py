@@ -15,7 +15,7 @@ import pytest
 import reading
 import routing
 import torch
-from conftest import ALGOS, check_shuffling, load
+from conftest import ALGOS, check_shuffling, check_video_faults, load
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
 from test_training import NO_GPU, flags, model, same, start
@@ -733,24 +733,9 @@ def test_routing_of_a_run_starts_with_its_first_network_and_has_a_table(moe, tmp
 
 
 def test_a_video_that_cannot_be_written_or_is_interrupted(script, finished, tmp_path, monkeypatch, capsys):
-    gif, evaluate = tmp_path / "s1.gif", script.evaluate
     shutil.copy(finished / "policy.pt", tmp_path / "s1.pt")
     film = flags(evaluate=str(tmp_path / "s1.pt"), video=True)
-    gif.mkdir()
-    with pytest.raises(SystemExit) as stop:
-        script.main(film)
-    error = capsys.readouterr().err
-    assert stop.value.code == 1 and f"cannot write {gif}" in error and "make room" in error
-    gif.rmdir()
-
-    def interrupt(agent, args, step, policy, *watch):
-        script.SIGNALS.extend([signal.SIGINT] * len(watch))
-        return evaluate(agent, args, step, policy, *watch)
-
-    monkeypatch.setattr(script, "evaluate", interrupt)
-    with pytest.raises(SystemExit) as stop:
-        script.main(film)
-    assert stop.value.code == 130 and not gif.exists()
+    check_video_faults(script, film, tmp_path / "s1.gif", monkeypatch, capsys)
 
 
 WRONG = {
