@@ -160,7 +160,9 @@ SUITES |= {
         "exploration", "layout=random", f"{UNTOUCHED} 10000", range(1, 11), some("sac", "sac_pmoe")
     ),
     "reaching-mirror-rivals": reaching("mirror", EASED.format("mirror"), PATIENT, range(1, 7), SAC_RIVALS),
-    "reaching-untouched-rivals": reaching("untouched", "layout=random", f"{UNTOUCHED} 40000", range(1, 7), SAC_RIVALS),
+    "reaching-untouched-rivals": reaching(  # two seeds: neither sac nor sac_pmoe arrives there with 9 of 10 episodes
+        "untouched", "layout=random", f"{UNTOUCHED} 40000", range(1, 3), SAC_RIVALS
+    ),
     "halfcheetah-rivals": Suite(
         "HalfCheetah-v5",
         HALFCHEETAH,
