@@ -181,8 +181,12 @@ def differences(claim: dict) -> str:
             changes[0] = f"{' and '.join(means)}, difference {changes[0]}"
         where = f"{task_name(group[0].folder)}: " * (len(groups) > 1)
         texts.append(where + ", ".join(changes))
-    seeds = sorted({f"{len(task.one)} + {len(task.other)}" for task in tasks})
-    return f"{'; '.join(texts)}; {', '.join(seeds)} seeds{' each' * (len(tasks) > 1)}"
+    seeds = [f"{len(task.one)} + {len(task.other)}" for task in tasks]  # if they differ, in the order of the tasks
+    if len(tasks) > 1 and len(set(seeds)) == 1:
+        seeds = [f"{seeds[0]} seeds each"]
+    else:
+        seeds[-1] += " seeds"
+    return f"{'; '.join(texts)}; {', '.join(seeds)}"
 
 
 def describe_seen(claim: dict):

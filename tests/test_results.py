@@ -340,6 +340,9 @@ def test_a_claim_is_decided_by_the_corrected_p(tmp_path, monkeypatch):
     assert better["compared"] == "`mix` and `sac`: area (likeliest expert and mean action); A, B"
     assert better["numbers"].startswith("+400% ± ") and "4 + 4 seeds each; p = .0004, corrected" in better["numbers"]
     assert missing["numbers"] == "-"
+    make_run(tmp_path, env="A", label="sac", seed=5)
+    row = claims.decide(reading.read(tmp_path), tmp_path)[0]
+    assert "; 4 + 5, 4 + 4 seeds; p" in row["numbers"]  # in the order of the tasks
 
 
 def test_a_claim_of_a_task_of_three_seeds_stays_open_with_its_difference(tmp_path, monkeypatch):
